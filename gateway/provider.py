@@ -1,0 +1,181 @@
+"""What a provider must be. A provider turns wire frames into events and commands into wire frames, and nothing else:
+it never opens a socket, reads a clock, logs, or touches samples.
+
+Every wire protocol is written twice, as mirror halves: `Codec` is our half, `Carrier` the other one. The simulator plays
+a carrier with the second; conformance tests plug the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, Protocol
+
+from msgspec import Struct, field
+
+from gateway.events import Command, Event, Message
+from gateway.media import MediaFormat
+
+
+class SignedRequest(Struct, frozen=True):
+    """A carrier's HTTP request as it reached us.
+
+    `url` is the public URL, character for character as the carrier dialled it (built from `public_url`, never from Host);
+    header names are lower case; `body` is raw; `form` is the decoded form or query, first value wins.
+    """
+
+    method: str
+    url: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    form: Mapping[str, str] = field(default_factory=dict)
+
+
+class Answer(Struct, frozen=True):
+    """The reply to a carrier's webhook."""
+
+    body: str
+    content_type: str = "application/xml"
+    status: int = 200
+
+
+class HttpRequest(Struct, frozen=True):
+    """A request somebody else shall perform: providers return values and never open a socket."""
+
+    method: str
+    url: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    form: Mapping[str, str] = field(default_factory=dict)
+
+
+class Call(Struct, frozen=True):
+    """A call as a carrier knows it before any stream exists."""
+
+    call_id: str
+    caller: str = ""
+    called: str = ""
+    direction: str = "inbound"
+    account_id: str = ""
+
+
+class Dial(Struct, frozen=True):
+    """A carrier's reading of an answer: where to connect and what to say in the start frame."""
+
+    url: str
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    media_format: MediaFormat | None = None
+    tracks: tuple[str, ...] = ("inbound",)
+
+
+class Limits(Struct, frozen=True):
+    """What may be on its way to this carrier. Milliseconds of audio.
+
+    `lead_ms` ahead of real time by default, never more than `ceiling_ms`; a live frame lasts `frame_ms`, a frame out of a
+    backlog at most `max_frame_ms`.
+    """
+
+    lead_ms: int = 200
+    ceiling_ms: int = 5000
+    frame_ms: int = 20
+    max_frame_ms: int = 60
+
+
+class Habits(Struct, frozen=True):
+    """How a carrier behaves, for doubles that play one: documented behaviour, no guesses.
+
+    `text` — it carries words, not audio. `says_stop` — it sends a stop before it closes. `echoes_cleared` — a clear sends
+    back the marks it cut as if they had played. `confirms_clear` — a clear is acknowledged. `subprotocol` — it offers this.
+    `silent_close` — may drop without a close frame.
+    """
+
+    text: bool = False
+    says_stop: bool = True
+    echoes_cleared: bool = False
+    confirms_clear: bool = False
+    subprotocol: str | None = None
+
+
+class Codec(Protocol):
+    """Our half of one stream. Stateful (ids, counters), pure: no clock, no socket."""
+
+    accepts: frozenset[type[Message]]
+    """Commands this stream's wire can express (none on a stream that only listens)."""
+
+    limits: Limits
+
+    def decode(self, frame: str | bytes) -> Iterable[Event]:
+        """Events of one frame, in order; an empty iterable for frames that mean nothing to anybody (Twilio's `connected`).
+
+        Raises MalformedFrame and nothing else. A frame of an unknown kind is `Unknown(kind)`.
+        """
+        ...
+
+    def encode(self, command: Command) -> Iterable[str | bytes]:
+        """Frames that carry out one command; `Stop` may need none (the server closes the socket after it).
+
+        Raises UnsupportedCommand if the wire can't say it, NotStarted before the start frame was decoded.
+        """
+        ...
+
+
+class Carrier(Protocol):
+    """The carrier's half of one stream: what a simulator, a test or a dialect towards a service speaks."""
+
+    habits: ClassVar[Habits]
+
+    def encode(self, event: Event) -> Iterable[str | bytes]:
+        """Frames with which the carrier tells this event: documented shape and counters; none where it has no word for it."""
+        ...
+
+    def decode(self, frame: str | bytes) -> Iterable[Command]:
+        """Commands of one frame from us, as strictly as the carrier reads them.
+
+        Raises MalformedFrame with what the real carrier would have said against the frame (error number and reason).
+        """
+        ...
+
+
+class Provider(Protocol):
+    """One configured account. `Config` is a struct for its YAML section; unknown keys in it are errors."""
+
+    Config: ClassVar[type[Struct]]
+    title: ClassVar[str]
+    """The carrier's own name of the product."""
+    docs: ClassVar[str]
+    """The carrier's page about the protocol."""
+    emits: ClassVar[frozenset[type[Message]]]
+    """Events this wire can tell; feeds the feature matrix and is proven by the wire transcripts."""
+    subprotocols: ClassVar[tuple[str, ...]]
+    """WebSocket subprotocols to select if, and only if, the carrier offers them."""
+
+    def __init__(self, config: Struct) -> None: ...
+
+    def authenticate(self, request: SignedRequest) -> None:
+        """Returns if the request was signed with the account's secret. Raises SignatureMismatch. Constant time."""
+        ...
+
+    def answer(self, request: SignedRequest, stream_url: str) -> Answer:
+        """What to do with the call of this webhook: the XML that makes the carrier dial `stream_url` (`wss://…`)."""
+        ...
+
+    def call(self, request: SignedRequest) -> Call:
+        """The call that a webhook is about. Raises MalformedFrame when it names none."""
+        ...
+
+    def codec(self) -> Codec:
+        """A fresh codec for one stream."""
+        ...
+
+    @classmethod
+    def carrier(cls) -> Carrier:
+        """A fresh carrier half for one stream. It learns ids, format and parameters from the `Start` it encodes first."""
+        ...
+
+    @classmethod
+    def webhook(cls, call: Call, url: str) -> HttpRequest:
+        """The request with which this carrier asks `url` what to do with `call` (unsigned)."""
+        ...
+
+    @classmethod
+    def dial(cls, answer: str) -> Dial:
+        """What the carrier reads out of our answer. Raises MalformedFrame with what it would have complained about."""
+        ...
