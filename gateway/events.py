@@ -225,22 +225,7 @@ class Stop(Message, frozen=True):
     ref: str | None = None
 
 
-Event = (
-    Start
-    | Audio
-    | Dtmf
-    | Checkpoint
-    | Clear
-    | Transcript
-    | BargeIn
-    | Speech
-    | Spoken
-    | Gap
-    | Flow
-    | Fault
-    | Unknown
-    | Stop
-)
+Event = Start | Audio | Dtmf | Checkpoint | Clear | Transcript | BargeIn | Speech | Spoken | Gap | Flow | Fault | Unknown | Stop
 """Facts, upwards. Counterpart: `Command`."""
 
 Command = Audio | Dtmf | Checkpoint | Clear | Say | Play | Language | Stop

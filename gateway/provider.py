@@ -84,7 +84,6 @@ class Habits(Struct, frozen=True):
 
     `text` — it carries words, not audio. `says_stop` — it sends a stop before it closes. `echoes_cleared` — a clear sends
     back the marks it cut as if they had played. `confirms_clear` — a clear is acknowledged. `subprotocol` — it offers this.
-    `silent_close` — may drop without a close frame.
     """
 
     text: bool = False
