@@ -1,0 +1,665 @@
+"""A YAML file to frozen `Settings`, or every error in it at once: `file:line:column: key: what is wrong: value; what to write`.
+
+YAML is read event by event, so that each value keeps its place and its spelling: the type that a field wants decides how a
+value is read, never YAML's own guesses (`+14155550100` an integer, `012` ten, `no` false).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+from msgspec import inspect as types
+
+import providers
+from gateway.errors import ConfigError
+from gateway.settings import MASKED, ProviderEntry, Route, Settings, host_port, is_loopback
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_MAX_BYTES = 1 << 20
+_MAX_DEPTH = 32
+_TAG = "tag:yaml.org,2002:"
+_SCALAR_TAGS = {"str", "int", "float", "bool", "null", "timestamp", "merge", "value"}
+# Characters that YAML forbids, so that they can be shown with their place before a parser sees them.
+_FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+_REFERENCE = re.compile(r"\$\$\{|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}|(?P<broken>\$\{)")
+_SECRET_KEY = re.compile(r"(?i)(secret|token|password|authorization|credential|api_?key)s?$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_UNSIGNED = "signatures are not built yet in this version, only `auth: none` on a loopback `listen` is accepted"
+
+Path_ = tuple[str | int, ...]
+
+
+def load(path: str | Path, *, environ: Mapping[str, str] | None = None) -> Settings:
+    """The settings in a YAML file. Raises ConfigError with every finding, one per line, and nothing else."""
+    try:
+        with Path(path).open("rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a path"
+        raise ConfigError(f"{_printable(str(path))}: can't be read: {reason}") from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start].decode("utf-8-sig", "replace")
+        place = f"{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
+        raise ConfigError(
+            f"{_printable(str(path))}:{place}: not UTF-8: byte 0x{raw[error.start]:02x}; save it as UTF-8"
+        ) from None
+    return parse(text, source=str(path), environ=environ)
+
+
+def parse(text: str, *, source: str = "<text>", environ: Mapping[str, str] | None = None) -> Settings:
+    """The settings in `text`; `source` names it in errors, `environ` (default: the process's) answers `${VAR}`.
+
+    Raises ConfigError with every finding, one per line, and nothing else.
+    """
+    findings = _Findings(source)
+    root = _read(text, findings)
+    settings = _Reader(findings, os.environ if environ is None else environ).settings(root) if root is not None else None
+    findings.raise_if_any()
+    assert settings is not None  # noqa: S101 — whoever returns None has reported why
+    return settings
+
+
+class _Findings:
+    """What is wrong, with places."""
+
+    def __init__(self, source: str) -> None:
+        self._source = _printable(source)
+        self._found: dict[tuple[int, int, str], None] = {}
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def add(self, line: int, column: int, text: str) -> None:
+        self._found[line, column, text] = None
+
+    def raise_if_any(self) -> None:
+        if self._found:
+            raise ConfigError(
+                "\n".join(f"{self._source}:{line}:{column}: {text}" for line, column, text in sorted(self._found, key=_place))
+            )
+
+
+def _place(finding: tuple[int, int, str]) -> tuple[int, int]:
+    return finding[:2]
+
+
+# --- YAML to nodes -------------------------------------------------------------------------------------------------------
+
+
+class _Node(NamedTuple):
+    """One value with its place (from 1). `tag` is YAML's guess at a scalar's type; `text` is the scalar as written."""
+
+    kind: Literal["scalar", "mapping", "sequence", "broken"]
+    line: int
+    column: int
+    tag: str = ""
+    text: str = ""
+    items: Sequence[_Node] = ()
+    pairs: Sequence[tuple[_Node, _Node]] = ()
+
+
+def _read(text: str, findings: _Findings) -> _Node | None:
+    """The one document in `text`; None (and a finding) if there is none or it can't be parsed."""
+    text = text.removeprefix("\ufeff")
+    if len(text) > _MAX_BYTES:
+        findings.add(1, 1, f"too large: {len(text)} characters; a configuration has at most {_MAX_BYTES}")
+        return None
+    if bad := _FORBIDDEN.search(text):
+        line, column = text.count("\n", 0, bad.start()) + 1, bad.start() - text.rfind("\n", 0, bad.start())
+        findings.add(line, column, f"character that YAML does not allow: U+{ord(bad[0]):04X}; delete it")
+        return None
+    loader = _Loader(text)
+    try:
+        root = _document(loader, findings)
+    except yaml.MarkedYAMLError as error:
+        _syntax_error(error, text, findings)
+        return None
+    finally:
+        loader.dispose()
+    if root is None or (root.kind == "scalar" and root.tag == "null"):
+        findings.add(1, 1, f"empty; the shortest useful file is:\n{_SHORTEST}")
+        return None
+    return root
+
+
+def _document(loader: Any, findings: _Findings) -> _Node | None:
+    root = None
+    while (event := loader.get_event()) is not None:
+        if not isinstance(event, yaml.DocumentStartEvent):
+            continue
+        if root is not None:
+            mark: Any = event.start_mark
+            findings.add(mark.line + 1, mark.column + 1, "a second document; write one file with one document, without `---`")
+            break
+        root = _node(loader, loader.get_event(), findings, 0)
+    return root
+
+
+def _node(loader: Any, event: Any, findings: _Findings, depth: int) -> _Node:
+    line, column = event.start_mark.line + 1, event.start_mark.column + 1
+    if isinstance(event, yaml.AliasEvent):
+        name = _shown(f"*{event.anchor}")
+        findings.add(
+            line, column, f"aliases are refused: {name}; write the value out, or in quotes if the asterisk is part of it"
+        )
+        return _Node("broken", line, column)
+    if event.anchor is not None:
+        findings.add(
+            line, column, f"anchors are refused: {_shown(f'&{event.anchor}')}; write the value out wherever it is needed"
+        )
+    tag = event.tag
+    if isinstance(event, yaml.ScalarEvent):
+        if tag is None or tag == "!":
+            tag = loader.resolve(yaml.ScalarNode, event.value, event.implicit)
+        known = tag.removeprefix(_TAG)
+        if known in _SCALAR_TAGS:
+            return _Node("scalar", line, column, known, event.value)
+        findings.add(line, column, f"YAML tags are refused: {_shown(tag)}; write the plain value")
+        return _Node("broken", line, column)
+    if tag not in (None, "!"):
+        findings.add(line, column, f"YAML tags are refused: {_shown(tag)}; write the plain value")
+    if depth == _MAX_DEPTH:
+        # Nothing behind it can be placed sensibly: stop here, as a syntax error would.
+        raise yaml.MarkedYAMLError(problem=f"nested more than {_MAX_DEPTH} deep", problem_mark=event.start_mark)
+
+    def nodes(end: type[object]) -> Iterator[_Node]:
+        while not isinstance(following := loader.get_event(), end):
+            yield _node(loader, following, findings, depth + 1)
+
+    if isinstance(event, yaml.SequenceStartEvent):
+        return _Node("sequence", line, column, items=list(nodes(yaml.SequenceEndEvent)))
+    flat = list(nodes(yaml.MappingEndEvent))
+    return _Node("mapping", line, column, pairs=list(zip(flat[::2], flat[1::2], strict=True)))
+
+
+def _syntax_error(error: yaml.MarkedYAMLError, text: str, findings: _Findings) -> None:
+    mark = error.problem_mark or error.context_mark
+    line, column = (mark.line, mark.column) if mark is not None else (0, 0)
+    lines = text.splitlines()
+    written = lines[line] if line < len(lines) else ""
+    problem = " ".join(str(part) for part in (error.context, error.problem) if part)
+    if "\t" in written[: len(written) - len(written.lstrip())] or written[column : column + 1] == "\t":
+        hint = "indent with spaces, never with tabs"
+    elif "alias" in problem or "anchor" in problem:
+        hint = 'text that begins with * or & needs quotes: "*"'
+    elif "${" in written:
+        hint = 'inside {…} and […] a reference needs quotes: "${VAR}"'
+    elif "mapping values" in problem:
+        hint = 'check the indentation; text with a colon and a space needs quotes: "a: b"'
+    elif "cannot start any token" in problem:
+        hint = "text that begins with this character needs quotes"
+    else:
+        hint = "check brackets, quotes and indentation here and in the line above"
+    findings.add(line + 1, column + 1, f"not YAML: {_printable(problem)}; {hint}")
+
+
+# --- nodes to structs ----------------------------------------------------------------------------------------------------
+
+
+class _Wrong(Exception):
+    """This value won't do. `what; hint`: the value is put between the two, unless the sentence says all there is to say."""
+
+    def __init__(self, sentence: str, *, show: bool = True) -> None:
+        super().__init__(sentence)
+        self.show = show
+
+
+_BAD: Any = type("_Bad", (), {"__repr__": lambda _: "<reported>"})()
+"""Stands for a value whose error has been reported."""
+
+
+class _Reader:
+    """Walks nodes and the fields they are meant for, side by side, and reports whatever does not fit."""
+
+    def __init__(self, findings: _Findings, environ: Mapping[str, str]) -> None:
+        self._findings = findings
+        self._environ = environ
+        self._secrets: set[str] = set()
+        self._known: dict[str, list[str]] = {}
+
+    def settings(self, root: _Node) -> Settings | None:
+        for top, entries in root.pairs:
+            if top.text in ("providers", "services") and entries.kind == "mapping":
+                self._known[top.text.removesuffix("s")] = list(dict.fromkeys(name.text for name, _ in entries.pairs))
+        want = types.type_info(Settings)
+        assert isinstance(want, types.StructType)  # noqa: S101 — for the type checker
+        if root.kind != "mapping":
+            known = ", ".join(field.encode_name for field in want.fields)
+            return self._report(root, (), "expected keys and values", f"known keys: {known}")
+        values, nodes = self._fields(root, want, ())
+        for key in ("providers", "services", "routes"):
+            if key in values and not values[key]:
+                self._report(nodes[key], (key,), "must not be empty", "no call could be taken")
+        listen = values.get("listen", Settings.__struct_defaults__[0])
+        if listen is not _BAD and not is_loopback(host_port(listen)[0]):
+            self._report(nodes["listen"], ("listen",), "not a loopback address", _UNSIGNED, shown=_shown(listen))
+        if values.get("admin") == listen and listen is not _BAD and host_port(listen)[1]:
+            self._report(nodes["admin"], ("admin",), "the same as `listen`", "give it a port of its own", shown=_shown(listen))
+        built = self._build(Settings, values, root, nodes, ())
+        return built if isinstance(built, Settings) else None
+
+    # -- findings
+
+    def _report(self, node: _Node, path: Path_, what: str, hint: str = "", *, shown: str = "") -> Any:
+        if node.kind != "broken":
+            parts = [f"{_dotted(path)}: " if path else "", what, f": {shown}" if shown else "", f"; {hint}" if hint else ""]
+            self._findings.add(node.line, node.column, "".join(parts))
+        return _BAD
+
+    def _unknown(self, node: _Node, path: Path_, what: str, value: str, known: Iterable[str]) -> Any:
+        known = list(known)
+        close = get_close_matches(value, known, n=1)
+        hint = (f"did you mean {close[0]}? " if close else "") + (f"known: {', '.join(known)}" if known else "none is known")
+        return self._report(node, path, f"unknown {what}", _printable(hint), shown=_display(value, path))
+
+    # -- containers
+
+    def convert(self, node: _Node, want: types.Type, path: Path_) -> Any:
+        """The value of `node` as `want` has it, or `_BAD` once what is wrong has been reported."""
+        if node.kind == "broken":
+            return _BAD
+        checks = []
+        while isinstance(want, types.Metadata):
+            checks.append((want.extra or {}).get("check"))
+            want = want.type
+        try:
+            if node.tag in ("int", "float"):  # a bare port is no address, with or without quotes
+                for check in filter(None, checks):
+                    check(node.text)
+            value = self._converted(node, want, path)
+            for check in checks:
+                if check is not None and value is not _BAD:
+                    check(value)
+        except (_Wrong, ValueError) as error:
+            what, _, hint = str(error).partition("; ")
+            show = node.kind == "scalar" and getattr(error, "show", True)
+            return self._report(node, path, what, hint, shown=_display(node.text, path) if show else "")
+        return value
+
+    def _converted(self, node: _Node, want: types.Type, path: Path_) -> Any:
+        if isinstance(want, types.UnionType):
+            return self._one_of(node, want.types, path)
+        if isinstance(want, types.StructType):
+            if want.cls is ProviderEntry:
+                return self._provider(node, path)
+            values, nodes = self._fields(node, want, path)
+            if want.cls is Route:
+                self._check_route(values, nodes, path)
+            return self._build(want.cls, values, node, nodes, path)
+        if isinstance(want, types.DictType):
+            return self._dict(node, want, path)
+        if isinstance(want, (types.ListType, types.VarTupleType)):
+            if node.kind == "scalar" and node.tag != "null" and not isinstance(_bare(want.item_type), types.StructType):
+                items: Sequence[_Node] = [node]  # one stands for a list of one
+            elif node.kind == "sequence":
+                items = node.items
+            else:
+                raise _Wrong("expected a list; begin each of its entries with `- `")
+            result = [
+                self.convert(item, want.item_type, (*path, at) if items is node.items else path) for at, item in enumerate(items)
+            ]
+            return tuple(result) if isinstance(want, types.VarTupleType) else result
+        if node.kind != "scalar" and not isinstance(want, types.AnyType):
+            raise _Wrong(f"expected {_describe(want)}, found a {'list' if node.kind == 'sequence' else 'mapping'}")
+        return self._scalar(node, want, path)
+
+    def _one_of(self, node: _Node, wants: Sequence[types.Type], path: Path_) -> Any:
+        if node.kind == "scalar" and node.tag == "null" and any(isinstance(want, types.NoneType) for want in wants):
+            return None
+        structs = [want for want in wants if isinstance(want, types.StructType)]
+        lists = [want for want in wants if isinstance(want, (types.ListType, types.VarTupleType))]
+        rest = [want for want in wants if want not in structs and want not in lists and not isinstance(want, types.NoneType)]
+        if structs and (node.kind == "mapping" or not (lists or rest)):
+            return self.convert(node, structs[0], path) if len(structs) == 1 else self._tagged(node, structs, path)
+        if lists and (node.kind == "sequence" or not rest):
+            return self.convert(node, lists[0], path)
+        for want in rest[:-1]:  # several scalars: the first that fits, else what the last one says
+            attempt = _Reader(_Findings(""), self._environ)
+            value = attempt.convert(node, want, path)
+            self._secrets |= attempt._secrets
+            if value is not _BAD:
+                return value
+        return self.convert(node, rest[-1], path)
+
+    def _tagged(self, node: _Node, structs: Sequence[types.StructType], path: Path_) -> Any:
+        by_tag = {str(want.tag): want for want in structs}
+        field = structs[0].tag_field or "kind"
+        kind = self._kind(node, field, by_tag, path)
+        if kind is _BAD:
+            return _BAD
+        if kind not in by_tag:
+            at = next(value for key, value in node.pairs if key.text == field)
+            return self._unknown(at, (*path, field), field, kind, by_tag)
+        return self.convert(node, by_tag[kind], path)
+
+    def _kind(self, node: _Node, field: str, known: Iterable[str], path: Path_) -> Any:
+        """The value of the key that says which struct a mapping is meant for."""
+        self._expect_mapping(node, (field,))
+        for key, value in node.pairs:
+            if key.text == field:
+                return self.convert(value, types.StrType(), (*path, field))
+        return self._report(node, path, f"missing key {field}", f"write {field}: and one of {', '.join(known)}")
+
+    def _expect_mapping(self, node: _Node, known: Iterable[str]) -> None:
+        if node.kind != "mapping":
+            raise _Wrong(f"expected keys and values; known keys: {', '.join(known)}")
+
+    def _fields(
+        self, node: _Node, want: types.StructType, path: Path_, ignored: Sequence[str] = ()
+    ) -> tuple[dict[str, Any], dict[str, _Node]]:
+        """Every field that the mapping gives, converted or `_BAD`, and where its value stands."""
+        by_key = {field.encode_name: field for field in want.fields}
+        known = [*ignored, *([want.tag_field] if want.tag_field and want.tag_field not in by_key else []), *by_key]
+        self._expect_mapping(node, known)
+        values: dict[str, Any] = {}
+        nodes: dict[str, _Node] = {}
+        for key, value in self._pairs(node, path):
+            if key.text in by_key:
+                field = by_key[key.text]
+                nodes[field.name] = value if value.tag != "null" or value.text else key
+                values[field.name] = self.convert(
+                    value._replace(line=nodes[field.name].line, column=nodes[field.name].column), field.type, (*path, key.text)
+                )
+            elif key.text not in known:
+                self._unknown(key, path, "key", key.text, known)
+        for field in want.fields:
+            if field.required and field.name not in values:
+                example = "" if path else f", for instance `{field.encode_name}: {_EXAMPLES[field.encode_name]}`"
+                self._report(node, path, f"missing key {field.encode_name}", f"expected {_describe(field.type)}{example}")
+                values[field.name] = _BAD
+        return values, nodes
+
+    def _pairs(self, node: _Node, path: Path_) -> Iterator[tuple[_Node, _Node]]:
+        """The entries of a mapping; keys that are not plain text or come twice are reported and left out."""
+        seen: dict[str, _Node] = {}
+        for key, value in node.pairs:
+            if key.kind == "broken":
+                continue
+            if key.kind != "scalar":
+                self._report(key, path, "a key must be text", 'a value that begins with { or [ needs quotes: "${VAR}"')
+            elif key.tag == "merge":
+                self._report(key, path, "merge keys are refused", "write the values out", shown="<<")
+            elif key.tag != "str":
+                self._report(
+                    key, path, f"a key that YAML reads as {key.tag}", "write it in quotes", shown=_display(key.text, path)
+                )
+            elif key.text in seen:
+                first = seen[key.text]
+                where = f"it stands in line {first.line} already; keep one"
+                self._report(key, path, "duplicate key", where, shown=_display(key.text, path))
+            else:
+                seen[key.text] = key
+                yield key, value
+
+    def _dict(self, node: _Node, want: types.DictType, path: Path_) -> Any:
+        if node.kind != "mapping":
+            raise _Wrong("expected names and values; write `name: …` lines")
+        result = {}
+        for key, value in self._pairs(node, path):
+            if path in (("providers",), ("services",)) and not _NAME.fullmatch(key.text):
+                self._report(key, path, "not a name", "names are letters, digits, - and _, at most 64", shown=_shown(key.text))
+            result[key.text] = self.convert(value, want.value_type, (*path, key.text))
+        return result
+
+    def _build(self, cls: type, values: dict[str, Any], node: _Node, nodes: Mapping[str, _Node], path: Path_) -> Any:
+        if _is_bad(values):
+            return _BAD
+        try:
+            return cls(**values)
+        except (ValueError, TypeError) as error:
+            # A struct's own objection; a key as its first word tells where it belongs.
+            for problem in error.args or (str(error),):
+                field = re.split(r"[ :]", str(problem), maxsplit=1)[0].strip("`")
+                self._report(nodes.get(field, node), (*path, field) if field in nodes else path, self._masked(str(problem)))
+            return _BAD
+
+    def _masked(self, text: str) -> str:
+        for secret in sorted(self._secrets, key=len, reverse=True):
+            text = text.replace(secret, MASKED)
+        return _printable(text)
+
+    # -- what this gateway knows about itself
+
+    def _provider(self, node: _Node, path: Path_) -> Any:
+        kind = self._kind(node, "kind", providers.names(), path)
+        if kind is _BAD:
+            return _BAD
+        at = next(value for key, value in node.pairs if key.text == "kind")
+        if "." not in kind and kind not in providers.names():
+            return self._unknown(at, (*path, "kind"), "provider kind", kind, providers.names())
+        try:
+            want = types.type_info(providers.load(kind).Config)
+        except Exception as error:  # a foreign module may fail to import in any way
+            reason = self._masked(f"{type(error).__name__}: {error}")
+            return self._report(at, (*path, "kind"), "can't be loaded", reason, shown=_shown(kind))
+        assert isinstance(want, types.StructType)  # noqa: S101 — the contract of a provider
+        own_auth = any(field.encode_name == "auth" for field in want.fields)
+        values, nodes = self._fields(node, want, path, ("kind",) if own_auth else ("kind", "auth"))
+        given = next((value for key, value in node.pairs if key.text == "auth"), None)
+        if own_auth:
+            auth = values.get("auth")
+        elif given is not None:
+            auth = self.convert(given, types.type_info(Literal["none"] | None), (*path, "auth"))
+        else:
+            auth = None
+        if auth not in ("none", _BAD):
+            key = next((key for key, _ in node.pairs if key.text.startswith("auth")), node)
+            self._report(key, path, "no `auth: none`", _UNSIGNED)
+            if not nodes.keys() & {"auth", "auth_token"}:
+                return _BAD  # the struct would only say the same in its own words
+            auth = _BAD
+        config = self._build(want.cls, values, node, nodes, path)
+        return _BAD if _BAD in (auth, config) else ProviderEntry(kind=kind, config=config, auth=auth)
+
+    def _check_route(self, values: dict[str, Any], nodes: Mapping[str, _Node], path: Path_) -> None:
+        provider: Any = values.get("provider")
+        if provider not in (None, _BAD, *self._known.get("provider", (provider,))):
+            self._unknown(nodes["provider"], (*path, "provider"), "provider", provider, self._known["provider"])
+        services = values.get("service")
+        if not isinstance(services, tuple) or "service" not in nodes:
+            return
+        at = nodes["service"]
+        if not services:
+            self._report(at, (*path, "service"), "an empty list", "name one of `services`")
+        elif len(services) > 1:
+            self._report(at, (*path, "service"), "a list of services can't be tried in order yet in this version", "name one")
+        for name, node in zip(services, at.items or [at], strict=False):
+            if name not in (_BAD, *self._known.get("service", (name,))):
+                self._unknown(node, (*path, "service"), "service", name, self._known["service"])
+
+    # -- scalars
+
+    def _scalar(self, node: _Node, want: types.Type, path: Path_) -> Any:
+        if isinstance(want, types.AnyType):
+            return self._anything(node, path)
+        text, resolved = self._resolve(node, path)
+        tag = "str" if resolved and node.tag != "str" else node.tag
+        if tag == "null" and not isinstance(want, types.NoneType):
+            raise _Wrong(f"no value; expected {_describe(want)}")
+        if isinstance(want, types.EnumType):
+            return self._choice(node, path, text, {str(member.value): member for member in want.cls})
+        if isinstance(want, types.LiteralType):
+            return self._choice(node, path, text, {str(value): value for value in want.values})
+        if isinstance(want, types.StrType):
+            return _string(text, tag, want)
+        if isinstance(want, types.BoolType):
+            if tag == "bool" or (resolved and text.lower() in ("true", "false")):
+                return text.lower() in ("true", "yes", "on")
+            raise _Wrong("expected true or false; write it without quotes")
+        if isinstance(want, (types.IntType, types.FloatType)):
+            return _number(text, tag, resolved, want)
+        raise _Wrong(f"a type that no file can express ({type(want).__name__}); leave it out")
+
+    def _anything(self, node: _Node, path: Path_) -> Any:
+        if node.kind == "mapping":
+            return {key.text: self._anything(value, (*path, key.text)) for key, value in self._pairs(node, path)}
+        if node.kind == "sequence":
+            return [self._anything(item, (*path, at)) for at, item in enumerate(node.items)]
+        kind: dict[str, types.Type] = {"int": types.IntType(), "float": types.FloatType(), "bool": types.BoolType()}
+        return None if node.tag == "null" else self.convert(node, kind.get(node.tag, types.StrType()), path)
+
+    def _choice(self, node: _Node, path: Path_, text: str, known: Mapping[str, Any]) -> Any:
+        if text in known:
+            return known[text]
+        return self._unknown(node._replace(text=text), path, "value", text if text == node.text else node.text, known)
+
+    def _resolve(self, node: _Node, path: Path_) -> tuple[str, bool]:
+        """The text with `${VAR}`, `${VAR:-default}` and `file:/path` put in, and whether anything was put in."""
+        text = node.text
+        if node.tag != "str":
+            return text, False
+
+        def value_of(reference: re.Match[str]) -> str:
+            if reference["broken"]:
+                raise _Wrong("not a reference; write ${NAME} or ${NAME:-default}, or $${ for the two characters", show=False)
+            if (name := reference["name"]) is None:
+                return "${"
+            value = self._environ.get(name, "")
+            if not value and reference["default"] is None:
+                state = "is set but empty" if name in self._environ else "is not set"
+                raise _Wrong(f"environment variable {name} {state}; set it, or write ${{{name}:-default}}", show=False)
+            return value or reference["default"] or ""
+
+        resolved = _REFERENCE.sub(value_of, text)
+        if text.startswith("file:"):
+            resolved = _file(resolved.removeprefix("file:"))
+        if resolved and (resolved != text or _is_secret(path)):
+            self._secrets.add(resolved)
+        return resolved, resolved != text
+
+
+def _file(name: str) -> str:
+    path = Path(name)
+    if not path.is_absolute():
+        raise _Wrong("not an absolute path; write file:/run/secrets/name")
+    try:
+        if not path.is_file():
+            raise _Wrong("no such file; write file:/run/secrets/name of a file that exists")
+        with path.open("rb") as file:
+            text = file.read(65_537).decode()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise _Wrong(f"the file can't be read; {reason}") from None
+    if len(text) > 65_536 or not text.strip():
+        raise _Wrong("the file is empty or larger than 64 KiB; write the one value into it")
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _string(text: str, tag: str, want: types.StrType) -> str:
+    if tag != "str":
+        read = {"int": "a number", "float": "a number", "bool": "true or false", "timestamp": "a date"}.get(tag, tag)
+        raise _Wrong(f"YAML reads this as {read}; write it in quotes: {_quoted(text)}")
+    if want.min_length is not None and len(text) < want.min_length:
+        raise _Wrong(f"too short; at least {want.min_length} characters")
+    if want.max_length is not None and len(text) > want.max_length:
+        raise _Wrong(f"too long; at most {want.max_length} characters")
+    if want.pattern is not None and not re.search(want.pattern, text):
+        raise _Wrong(f"does not match; expected the pattern {want.pattern}")
+    return text
+
+
+def _number(text: str, tag: str, resolved: bool, want: types.IntType | types.FloatType) -> float:
+    whole = isinstance(want, types.IntType)
+    form = r"[-+]?(0|[1-9][0-9_]*)" if whole else r"[-+]?[0-9][0-9_]*(\.[0-9]*)?([eE][-+]?[0-9]+)?"
+    if not re.fullmatch(form, text) or len(text) > 20:
+        raise _Wrong(
+            f"expected {_describe(want)}; write digits only" if whole else f"expected {_describe(want)}; write for instance 2.5"
+        )
+    if tag == "str" and not resolved and not re.search("[eE]", text):
+        raise _Wrong("expected a number, found text; write it without quotes")
+    value = int(text) if whole else float(text)
+    fits = (
+        (want.ge is None or value >= want.ge)
+        and (want.gt is None or value > want.gt)
+        and (want.le is None or value <= want.le)
+        and (want.lt is None or value < want.lt)
+    )
+    if not fits:
+        raise _Wrong(f"out of range; expected {_describe(want)}")
+    return value
+
+
+# --- words ---------------------------------------------------------------------------------------------------------------
+
+
+def _bare(want: types.Type) -> types.Type:
+    while isinstance(want, types.Metadata):
+        want = want.type
+    return want
+
+
+def _describe(want: types.Type) -> str:
+    """What to write for `want`, in words."""
+    want = _bare(want)
+    if isinstance(want, types.UnionType):
+        return " or ".join(dict.fromkeys(_describe(one) for one in want.types if not isinstance(one, types.NoneType)))
+    if isinstance(want, (types.IntType, types.FloatType)):
+        words = {"ge": "from", "gt": "above", "le": "to", "lt": "below"}
+        limits = [f"{word} {limit}" for name, word in words.items() if (limit := getattr(want, name)) is not None]
+        return " ".join(["a whole number" if isinstance(want, types.IntType) else "a number", *limits])
+    if isinstance(want, types.EnumType):
+        return f"one of {', '.join(str(member.value) for member in want.cls if isinstance(member, Enum))}"
+    if isinstance(want, types.LiteralType):
+        return f"one of {', '.join(map(str, want.values))}"
+    if isinstance(want, types.StructType):
+        return "keys and values"
+    if isinstance(want, types.DictType):
+        return "names and values"
+    if isinstance(want, (types.ListType, types.VarTupleType)):
+        inner = _describe(want.item_type)
+        return inner if inner == "text" else "a list"
+    return {types.StrType: "text", types.BoolType: "true or false"}.get(type(want), "a value")
+
+
+def _is_bad(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_is_bad, value.values()))
+    return any(map(_is_bad, value)) if isinstance(value, (list, tuple)) else value is _BAD
+
+
+def _is_secret(path: Path_) -> bool:
+    return bool(_SECRET_KEY.search(next((part for part in reversed(path) if isinstance(part, str)), "")))
+
+
+def _display(text: str, path: Path_) -> str:
+    return MASKED if _is_secret(path) else _shown(text)
+
+
+def _shown(text: str) -> str:
+    """The value as the file has it, short and printable."""
+    return repr(text if len(text) <= 60 else f"{text[:59]}…")
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"' if text.isprintable() and len(text) <= 60 else 'like "this"'
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def _dotted(path: Path_) -> str:
+    result = ""
+    for part in path:
+        if isinstance(part, int):
+            result += f"[{part}]"
+        else:
+            result += ("." if result else "") + (part if _NAME.fullmatch(part) else _shown(part))
+    return result
+
+
+_EXAMPLES = {
+    "providers": f"{{phone: {{kind: {next(iter(providers.names()), 'KIND')}, auth: none}}}}",
+    "services": "{echo: {kind: echo}}",
+    "routes": "[{service: echo}]",
+}
+_SHORTEST = "\n".join(f"  {key}: {value}" for key, value in _EXAMPLES.items())

@@ -1,0 +1,164 @@
+"""What an operator can set, as frozen structs with defaults. Nothing here reads a file: `gateway.config` does.
+
+A field's `Meta(extra={"check": f})` names a function that raises ValueError("what is wrong; what to write"), which
+`gateway.config` applies at the field's own place in the file.
+"""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from msgspec import Meta, Struct
+
+from gateway.media import Encoding, MediaFormat, Track
+
+MASKED = "***"
+
+
+def host_port(address: str) -> tuple[str, int]:
+    """`127.0.0.1:8080`, `localhost:0`, `[::1]:8080` → host without brackets, port. Raises ValueError."""
+    host, colon, port = address.rpartition(":")
+    if not (colon and port.isascii() and port.isdigit() and int(port) < 65536):
+        raise ValueError('not host:port; write for instance "127.0.0.1:8080" (port 0 picks a free one)')
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError('an IPv6 address needs brackets; write for instance "[::1]:8080"')
+    if not host or not host.isprintable() or any(char in " /@[]" for char in host):
+        raise ValueError('no host before the port; write for instance "127.0.0.1:8080"')
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """127.0.0.0/8, ::1 and localhost. A name that would have to be resolved is not."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _url(text: str, *schemes: str) -> None:
+    """Raises ValueError unless `text` is an absolute URL of one of `schemes`, without credentials or fragment."""
+    example = f"{schemes[-1]}://voice.example.com"
+    if not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError(f"a URL is printable ASCII without spaces; write for instance {example}")
+    try:
+        parts = urlsplit(text)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise ValueError(f"not a URL ({error}); write for instance {example}") from None
+    if parts.scheme not in schemes:
+        raise ValueError(f"must begin with {' or '.join(f'{scheme}://' for scheme in schemes)}; write for instance {example}")
+    if not host:
+        raise ValueError(f"names no host; write for instance {example}")
+    if "@" in parts.netloc:
+        raise ValueError("a URL with credentials ends up in logs; write it without `user:password@`")
+    if "#" in text:
+        raise ValueError("has a fragment; write it without `#…`")
+
+
+def _public_url(text: str) -> None:
+    _url(text, "http", "https")
+    if "?" in text:
+        raise ValueError("has a query; write only scheme, host and perhaps port and path")
+    if text.endswith("/"):
+        raise ValueError(f"ends in a slash; write {text.rstrip('/')}")
+
+
+def _service_url(text: str) -> None:
+    _url(text, "wss", "ws")
+
+
+def _address(text: str) -> None:
+    host_port(text)
+
+
+def _bearer(text: str) -> None:
+    if text.lower().startswith("bearer "):
+        raise ValueError('the word "Bearer" is added for you; write the token alone')
+    if not text.isascii() or not text.isprintable() or " " in text or not text:
+        raise ValueError("a bearer token is printable ASCII without spaces")
+
+
+def _pattern(text: str) -> None:
+    if not text or not text.isprintable() or " " in text:
+        raise ValueError('a pattern has no spaces; write for instance "+1415*" (`*` is any text, `?` one character)')
+
+
+Address = Annotated[str, Meta(extra={"check": _address})]
+Pattern = Annotated[str, Meta(extra={"check": _pattern})]
+
+
+class ProviderEntry(Struct, frozen=True):
+    """One of `providers`: which carrier protocol, and that protocol's own options.
+
+    `config` is an instance of `providers.load(kind).Config`; `auth` is `none` where requests are not authenticated.
+    """
+
+    kind: str
+    config: Any
+    auth: Literal["none"] | None = None
+
+    def __repr__(self) -> str:
+        return f"ProviderEntry(kind={self.kind!r}, auth={self.auth!r}, config={MASKED})"
+
+
+class WebsocketService(Struct, frozen=True, tag_field="kind", tag="websocket"):
+    """A service behind a WebSocket that the gateway dials once per call."""
+
+    url: Annotated[str, Meta(extra={"check": _service_url})]
+    media_format: MediaFormat = MediaFormat(Encoding.PCM_S16LE, 16000)
+    frame_ms: Literal[10, 20, 40, 60, 100] = 20
+    authorization: Annotated[str, Meta(extra={"check": _bearer})] | None = None
+    connect_timeout_secs: Annotated[float, Meta(gt=0, le=60)] = 2.0
+    track: Track = Track.INBOUND
+
+    def __repr__(self) -> str:
+        authorization = MASKED if self.authorization else None
+        return f"WebsocketService(url={self.url!r}, media_format={self.media_format}, authorization={authorization}, …)"
+
+
+class EchoService(Struct, frozen=True, tag_field="kind", tag="echo"):
+    """The embedded service that sends the caller's audio back, `delay_ms` later."""
+
+    delay_ms: Annotated[int, Meta(ge=0, le=60_000)] = 0
+
+
+Service = WebsocketService | EchoService
+
+
+class Route(Struct, frozen=True):
+    """Calls that match all that is given go to the first of `service`. What is absent matches anything."""
+
+    service: tuple[str, ...]
+    provider: str | None = None
+    called: Pattern | None = None
+    caller: Pattern | None = None
+
+
+class Settings(Struct, frozen=True):
+    """The whole configuration."""
+
+    providers: dict[str, ProviderEntry]
+    services: dict[str, Service]
+    routes: tuple[Route, ...]
+    listen: Address = "127.0.0.1:8080"
+    admin: Address | None = None
+    public_url: Annotated[str, Meta(extra={"check": _public_url})] | None = None
+    secret: Annotated[str, Meta(min_length=16)] | None = None
+    start_timeout_secs: Annotated[float, Meta(gt=0, le=60)] = 10.0
+    capacity_ms: Annotated[int, Meta(ge=1_000, le=3_600_000)] = 120_000
+    hold_ms: Annotated[int, Meta(ge=0, le=60_000)] = 5_000
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    def base_url(self, port: int | None = None) -> str:
+        """What carriers dial: `public_url`, else http on `listen` (`port` is the one really bound where `listen` says 0)."""
+        if self.public_url is not None:
+            return self.public_url
+        host, configured = host_port(self.listen)
+        return f"http://{f'[{host}]' if ':' in host else host}:{port or configured}"
+
+    def __repr__(self) -> str:
+        return f"Settings(listen={self.listen!r}, providers={[*self.providers]}, services={[*self.services]}, …)"
