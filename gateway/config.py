@@ -123,6 +123,9 @@ def _read(text: str, findings: _Findings) -> _Node | None:
     except yaml.MarkedYAMLError as error:
         _syntax_error(error, text, findings)
         return None
+    except (yaml.YAMLError, ValueError, OverflowError):  # PyYAML without libyaml: "\UFFFFFFFF" and the like, no place given
+        findings.add(1, 1, "not YAML: a character that does not exist; look for escapes like \\U in double quotes")
+        return None
     finally:
         loader.dispose()
     if root is None or (root.kind == "scalar" and root.tag == "null"):
@@ -234,7 +237,8 @@ class _Reader:
         assert isinstance(want, types.StructType)  # noqa: S101 — for the type checker
         if root.kind != "mapping":
             known = ", ".join(field.encode_name for field in want.fields)
-            return self._report(root, (), "expected keys and values", f"known keys: {known}")
+            self._report(root, (), "expected keys and values", f"known keys: {known}")
+            return None
         values, nodes = self._fields(root, want, ())
         for key in ("providers", "services", "routes"):
             if key in values and not values[key]:
@@ -419,7 +423,11 @@ class _Reader:
             # A struct's own objection; a key as its first word tells where it belongs.
             for problem in error.args or (str(error),):
                 field = re.split(r"[ :]", str(problem), maxsplit=1)[0].strip("`")
-                self._report(nodes.get(field, node), (*path, field) if field in nodes else path, self._masked(str(problem)))
+                self._report(
+                    nodes.get(field, node),
+                    (*path, field) if field in nodes else path,
+                    self._masked(str(problem).removeprefix(f"{field}: ")),
+                )
             return _BAD
 
     def _masked(self, text: str) -> str:
