@@ -64,6 +64,7 @@ class Dial(Struct, frozen=True):
     parameters: Mapping[str, str] = field(default_factory=dict)
     media_format: MediaFormat | None = None
     tracks: tuple[str, ...] = ("inbound",)
+    bidirectional: bool = True
 
 
 class Limits(Struct, frozen=True):

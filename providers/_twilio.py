@@ -1,0 +1,95 @@
+"""What Twilio's two protocols share: webhooks, TwiML around a stream, and the numbers of Twilio's errors.
+
+Sources: twilio.com/docs/voice/twiml/stream, /voice/twiml/connect/conversationrelay, /voice/twiml, November 2026.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from xml.etree.ElementTree import Element
+
+from gateway.errors import MalformedFrame
+from gateway.provider import Answer, Call, HttpRequest, SignedRequest
+
+from . import _xml
+
+BAD_ANSWER = "12100"
+"""Twilio's error for a document that is no TwiML."""
+
+_PARAMETER_CHARACTERS = 500  # "name and value together under 500 characters"
+
+
+def call(request: SignedRequest) -> Call:
+    """The call of a voice webhook. Raises MalformedFrame when it has no CallSid."""
+    form = request.form
+    if not form.get("CallSid"):
+        raise MalformedFrame("missing_field", "the webhook has no CallSid")
+    return Call(
+        call_id=form["CallSid"],
+        caller=form.get("From", ""),
+        called=form.get("To", ""),
+        direction=direction(form.get("Direction", "")) or "inbound",
+        account_id=form.get("AccountSid", ""),
+    )
+
+
+def direction(word: str) -> str:
+    """Twilio's direction in our words: `inbound`, or `outbound` for `outbound-api` and `outbound-dial`; else nothing."""
+    if word.startswith("outbound"):
+        return "outbound"
+    return "inbound" if word == "inbound" else ""
+
+
+def webhook(call: Call, url: str) -> HttpRequest:
+    """Twilio's POST that asks what to do with a call."""
+    form = {
+        "AccountSid": call.account_id,
+        "ApiVersion": "2010-04-01",
+        "CallSid": call.call_id,
+        "CallStatus": "in-progress" if call.direction == "outbound" else "ringing",
+        "Called": call.called,
+        "Caller": call.caller,
+        "Direction": "outbound-api" if call.direction == "outbound" else "inbound",
+        "From": call.caller,
+        "To": call.called,
+    }
+    return HttpRequest("POST", url, {"content-type": "application/x-www-form-urlencoded; charset=UTF-8"}, form)
+
+
+def answer(*verbs: str) -> Answer:
+    """A TwiML document."""
+    return Answer(_xml.response(*verbs))
+
+
+def check_parameters(parameters: Mapping[str, str]) -> None:
+    """Raises ValueError for a pair that Twilio would not carry."""
+    for name, value in parameters.items():
+        if not _fits(name, value):
+            raise ValueError(
+                f"`parameters.{name}` is too long: Twilio carries a name and a value of under 500 characters together"
+            )
+
+
+def parameters(pairs: Mapping[str, str]) -> list[str]:
+    """`<Parameter>` children. A pair that Twilio would not carry is left out, so that the call goes on without it."""
+    return [_xml.element("Parameter", {"name": name, "value": value}) for name, value in pairs.items() if _fits(name, value)]
+
+
+def _fits(name: str, value: str) -> bool:
+    return len(name) + len(value) < _PARAMETER_CHARACTERS
+
+
+def noun(document: str, name: str, within: Iterable[str]) -> tuple[str, Element]:
+    """(verb, noun) of the first `<verb><noun>` in an answer, as Twilio reads it."""
+    root = _xml.parse(document, BAD_ANSWER)
+    for verb in root:
+        if verb.tag in within:
+            for child in verb:
+                if child.tag == name:
+                    return verb.tag, child
+    raise MalformedFrame(BAD_ANSWER, f"the answer starts no <{name}>")
+
+
+def read_parameters(stream: Element) -> dict[str, str]:
+    """`<Parameter>` children as Twilio passes them on; of two with one name the last wins."""
+    return {child.get("name", ""): child.get("value", "") for child in stream if child.tag == "Parameter"}
