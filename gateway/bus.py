@@ -1,0 +1,122 @@
+"""Publish and subscribe inside the process. A subscriber can never slow a call: its queue is bounded and sheds its own audio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from gateway.events import Audio, Event, Gap, GapReason, Stop
+from gateway.media import MediaFormat, Track
+
+MOST_EVENTS = 2000
+"""Events other than audio that one queue may hold; a service that takes none for so long has long been given up."""
+
+Watcher = Callable[[str, Event], None]
+"""Called with the session's id and each event but audio. Must be quick and must not raise."""
+
+
+class Subscription:
+    """One consumer's bounded queue of one stream's events, audio of one track only.
+
+    `offer` never blocks: beyond `capacity_ms` the oldest audio is dropped, counted, and told as one `Gap` in its place.
+    """
+
+    def __init__(self, media_format: MediaFormat | None, *, capacity_ms: int, track: Track = Track.INBOUND) -> None:
+        self._events: deque[Event] = deque()
+        self._waiting = asyncio.Event()
+        self._format = media_format
+        self._capacity = media_format.bytes_for(capacity_ms) if media_format is not None else 0
+        self._track = track
+        self._shed = 0  # bytes dropped and not yet told
+        self.audio_bytes = 0
+        """Bytes of audio in the queue."""
+        self.taken_bytes = 0
+        self.dropped_bytes = 0
+        self.dropped_events = 0
+
+    @property
+    def offered_bytes(self) -> int:
+        """Bytes of audio that came this way, whatever became of them."""
+        return self.taken_bytes + self.dropped_bytes + self.audio_bytes
+
+    def offer(self, event: Event) -> None:
+        """Queue an event, shedding the oldest audio if there is no room."""
+        if type(event) is Audio:
+            if event.track is not self._track:
+                return
+            self.audio_bytes += len(event.payload)
+            self._events.append(event)
+            if self.audio_bytes > self._capacity:
+                self._make_room()
+        else:
+            if len(self._events) >= MOST_EVENTS and type(event) is not Stop:
+                self.dropped_events += 1
+                return
+            self._events.append(event)
+        self._waiting.set()
+
+    async def take(self) -> list[Event]:
+        """Everything queued, oldest first; waits until there is something."""
+        await self._waiting.wait()
+        self._waiting.clear()
+        events = list(self._events)
+        self._events.clear()
+        self.taken_bytes += self.audio_bytes
+        self.audio_bytes = 0
+        if self._shed and self._format is not None:
+            # What was shed was the oldest: it is missing before the first audio left.
+            at = next((i for i, event in enumerate(events) if type(event) is Audio), len(events))
+            events.insert(at, Gap(round(self._format.duration_ms(self._shed)), self._track, GapReason.OVERFLOW))
+            self._shed = 0
+        return events
+
+    def _make_room(self) -> None:
+        while self.audio_bytes > self._capacity:
+            # Audio is near the front: everything before it is a handful of other events.
+            at = next(i for i, event in enumerate(self._events) if type(event) is Audio)
+            event = self._events[at]
+            del self._events[at]
+            size = len(event.payload) if isinstance(event, Audio) else 0
+            self.audio_bytes -= size
+            self.dropped_bytes += size
+            self._shed += size
+
+
+class Channel:
+    """The events of one stream, fanned out."""
+
+    def __init__(self, session_id: str, watchers: list[Watcher]) -> None:
+        self._session_id = session_id
+        self._watchers = watchers
+        self._subscriptions: list[Subscription] = []
+
+    def publish(self, event: Event) -> None:
+        """Give an event to every subscriber of this stream, and to the watchers of all streams unless it is audio."""
+        for subscription in self._subscriptions:
+            subscription.offer(event)
+        if type(event) is not Audio:
+            for watcher in self._watchers:
+                watcher(self._session_id, event)
+
+    def subscribe(self, subscription: Subscription) -> None:
+        self._subscriptions.append(subscription)
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        self._subscriptions.remove(subscription)
+
+
+class Bus:
+    """All streams of this process."""
+
+    def __init__(self) -> None:
+        self._watchers: list[Watcher] = []
+
+    def channel(self, session_id: str) -> Channel:
+        """A channel for a new stream."""
+        return Channel(session_id, self._watchers)
+
+    def watch(self, watcher: Watcher) -> Callable[[], None]:
+        """See every event but audio of every stream from now on. Returns what ends that."""
+        self._watchers.append(watcher)
+        return lambda: self._watchers.remove(watcher)

@@ -1,0 +1,360 @@
+"""What is on its way to the caller's ear: pacing, lead, checkpoints, and what was really heard.
+
+Pure: `now` is an argument, seconds of any monotonic clock. Positions are bytes in the carrier's format. The estimate of the
+caller's ear is one number, `_dry_at`: when the carrier will have played all that was sent. It moves only by samples sent, so the
+schedule is absolute: a late wake-up is caught up and nothing drifts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from gateway.events import Audio, Checkpoint, Clear, Outcome
+from gateway.media import MediaFormat
+from gateway.provider import Limits
+
+CONFIRM_SECS = 5.0
+"""A checkpoint that the carrier has not confirmed this long after its due time is taken as played."""
+
+RESIDUE_SECS = 0.02
+"""Less than one frame of audio waits this long for the rest of its frame."""
+
+UNDERRUN_SECS = 0.5
+"""Audio that comes within this time after the line ran dry was late: the caller heard a hole."""
+
+
+@dataclass(slots=True)
+class _Mark:
+    name: str
+    wire: str
+    position: int
+    due: float | None = None  # when its audio will have been played; None until it was sent
+
+
+class Playout:
+    """The queue towards one carrier, and the account of it.
+
+    `push`, `checkpoint` and `clear` take a service's commands. Then call `next_frame` until it returns None and send what it
+    returns, in order; call it again at `next_due`. `confirm` takes the carrier's echoes. Results are events for the service.
+    """
+
+    def __init__(self, media_format: MediaFormat, limits: Limits, *, capacity_ms: int) -> None:
+        self._format = media_format
+        self._rate = media_format.bytes_per_second
+        self._lead = limits.lead_ms / 1000
+        self._unit = media_format.bytes_for(limits.frame_ms)
+        self._largest = media_format.bytes_for(limits.max_frame_ms)
+        self._capacity = media_format.bytes_for(capacity_ms)
+        self._chunks: deque[bytes] = deque()
+        self._offset = 0  # bytes of the first chunk that are gone already
+        self._unsent: deque[_Mark] = deque()
+        self._unconfirmed: deque[_Mark] = deque()
+        self._generation = 0
+        self._marks = 0
+        self._dry_at = float("-inf")
+        self._arrived_at = float("-inf")
+        # Positions of this generation: bytes since the last clear.
+        self._accepted = 0
+        self._sent = 0
+        self._boundary = 0  # position of the last checkpoint that was resolved
+        self._heard = 0  # what echoes have proven to be played
+        # Totals of the stream in bytes; those of the running generation come on top.
+        self._total_queued = 0
+        self._total_played = 0
+        self._total_cleared = 0
+        self.refused = 0
+        self.underruns = 0
+        self.stale_echoes = 0
+        self.unconfirmed = 0
+        self.ending = False
+
+    # --- what a service asks for ---
+
+    def push(self, payload: bytes, now: float) -> int:
+        """Queue audio of whole samples. Returns the bytes refused (the newest) because the queue is full."""
+        room = self._capacity - self.queued_bytes
+        refused = len(payload) - room
+        if refused > 0:
+            payload = payload[: room - room % self._format.sample_bytes]
+            self.refused += refused
+        if payload:
+            self._chunks.append(payload)
+            self._accepted += len(payload)
+            self._total_queued += len(payload)
+            self._arrived_at = now
+        return max(0, refused)
+
+    def checkpoint(self, name: str) -> None:
+        """Ask to be told when all that was queued before has played."""
+        self._marks += 1
+        # Private and unique: a name used twice can't be credited with its predecessor's echo.
+        self._unsent.append(_Mark(name, f"g{self._generation}.{self._marks}", self._accepted))
+
+    def clear(self, now: float) -> tuple[bool, list[Checkpoint | Clear]]:
+        """Drop everything. Returns whether the carrier must be told, and what to tell the service, in order."""
+        tell_carrier = self._sent > 0 or bool(self._unconfirmed)
+        heard = self._position(now)
+        results: list[Checkpoint | Clear] = []
+        boundary = played_until = self._boundary
+        for mark in (*self._unconfirmed, *self._unsent):
+            # What has been heard whole was played, although its echo is still on the way.
+            played = mark.due is not None and mark.position <= heard
+            results.append(self._resolved(mark, Outcome.PLAYED if played else Outcome.CLEARED, boundary, heard))
+            boundary = mark.position
+            if played:
+                played_until = boundary
+        results.append(Clear(played_ms=self._ms(heard - played_until), cleared_ms=self._ms(self._accepted - heard)))
+        self._total_played += heard
+        self._total_cleared += self._accepted - heard
+        self._empty()
+        self._generation += 1
+        self._dry_at = now
+        self._accepted = self._sent = self._boundary = self._heard = 0
+        return tell_carrier, results
+
+    # --- what goes to the carrier ---
+
+    def next_frame(self, now: float) -> Audio | Checkpoint | None:
+        """The next thing to send now, or None until `next_due`. A checkpoint carries its wire name."""
+        run = (self._unsent[0].position if self._unsent else self._accepted) - self._sent
+        if run == 0:
+            if not self._unsent:
+                return None
+            mark = self._unsent.popleft()
+            mark.due = max(now, self._dry_at)
+            self._unconfirmed.append(mark)
+            return Checkpoint(mark.wire)
+        if now < self._frame_due(run):
+            return None
+        size = min(run, self._largest) if run >= self._unit else run
+        if size == self._largest or not self._flushing:
+            size -= size % self._unit if size >= self._unit else 0
+        if self._dry_at < now:
+            if self._sent and now - self._dry_at < UNDERRUN_SECS:
+                self.underruns += 1
+            self._dry_at = now
+        self._sent += size
+        self._dry_at += size / self._rate
+        return Audio(self._take(size))
+
+    def next_due(self) -> float | None:
+        """When `next_frame` or `overdue` will have something, if nothing else happens; None: never. May lie in the past."""
+        run = (self._unsent[0].position if self._unsent else self._accepted) - self._sent
+        due = self._frame_due(run) if run else None
+        if self._unconfirmed and self._unconfirmed[0].due is not None:
+            confirm = self._unconfirmed[0].due + CONFIRM_SECS
+            due = confirm if due is None else min(due, confirm)
+        if due is None and self.ending and self._accepted:
+            return self._dry_at
+        return due
+
+    # --- what the carrier says ---
+
+    def confirm(self, wire: str, now: float) -> list[Checkpoint]:
+        """An echo: the carrier's playout passed this mark. Echoes of an older generation or unknown names are swallowed."""
+        if not any(mark.wire == wire for mark in self._unconfirmed):
+            self.stale_echoes += 1
+            return []
+        results = []
+        while self._unconfirmed:
+            # The carrier plays in order, so an echo that was skipped is one that it lost.
+            mark = self._unconfirmed.popleft()
+            results.append(self._played(mark))
+            if mark.wire == wire:
+                break
+        return results
+
+    def overdue(self, now: float) -> list[Checkpoint]:
+        """Checkpoints that the carrier should have confirmed long ago: by the playout clock they were played."""
+        results = []
+        while self._unconfirmed and (due := self._unconfirmed[0].due) is not None and due + CONFIRM_SECS <= now:
+            results.append(self._played(self._unconfirmed.popleft()))
+            self.unconfirmed += 1
+        return results
+
+    def finish(self, now: float) -> list[Checkpoint]:
+        """The stream is over: every checkpoint still pending is lost, with what was heard of it."""
+        heard = self._position(now)
+        results = []
+        boundary = self._boundary
+        for mark in (*self._unconfirmed, *self._unsent):
+            results.append(self._resolved(mark, Outcome.LOST, boundary, heard))
+            boundary = mark.position
+        self._total_played += heard
+        self._empty()
+        self._accepted = self._sent = self._heard = 0
+        return results
+
+    # --- figures ---
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes accepted and not yet sent."""
+        return self._accepted - self._sent
+
+    @property
+    def queued_ms(self) -> int:
+        return self._ms(self.queued_bytes)
+
+    def ahead_ms(self, now: float) -> float:
+        """Milliseconds that the carrier still has to play."""
+        return max(0.0, self._dry_at - now) * 1000
+
+    def idle(self, now: float) -> bool:
+        """Whether all has been played and every checkpoint resolved."""
+        return not (self._unsent or self._unconfirmed or self.queued_bytes or self._dry_at > now)
+
+    def totals(self, now: float) -> tuple[int, int, int, int]:
+        """Bytes queued, played, cleared, lost. After `finish`: queued = played + cleared + lost."""
+        played = self._total_played + self._position(now)
+        return self._total_queued, played, self._total_cleared, self._total_queued - played - self._total_cleared
+
+    # --- inside ---
+
+    @property
+    def _flushing(self) -> bool:
+        """Whether the run ends for good, so that its last piece must not wait for company."""
+        return bool(self._unsent) or self.ending
+
+    def _frame_due(self, run: int) -> float:
+        due = self._dry_at - self._lead
+        if run < self._unit and not self._flushing:
+            due = max(due, self._arrived_at + RESIDUE_SECS)
+        return due
+
+    def _position(self, now: float) -> int:
+        """Bytes of this generation that the caller has heard."""
+        if not self._sent:
+            return 0
+        ahead = int(max(0.0, self._dry_at - now) * self._rate)
+        ahead -= ahead % self._format.sample_bytes
+        return max(self._heard, self._sent - ahead)
+
+    def _played(self, mark: _Mark) -> Checkpoint:
+        result = self._resolved(mark, Outcome.PLAYED, self._boundary, mark.position)
+        self._boundary = mark.position
+        self._heard = max(self._heard, mark.position)
+        return result
+
+    def _resolved(self, mark: _Mark, outcome: Outcome, boundary: int, heard: int) -> Checkpoint:
+        return Checkpoint(mark.name, outcome, self._ms(max(0, min(heard, mark.position) - boundary)))
+
+    def _take(self, size: int) -> bytes:
+        first = self._chunks[0]
+        end = self._offset + size
+        if end < len(first):
+            payload = first[self._offset : end]
+            self._offset = end
+            return payload
+        if end == len(first):
+            self._chunks.popleft()
+            payload = first[self._offset :] if self._offset else first
+            self._offset = 0
+            return payload
+        parts = [first[self._offset :]]
+        missing = size - len(parts[0])
+        self._chunks.popleft()
+        self._offset = 0
+        while missing:
+            chunk = self._chunks[0]
+            if len(chunk) > missing:
+                parts.append(chunk[:missing])
+                self._offset = missing
+                break
+            parts.append(chunk)
+            missing -= len(chunk)
+            self._chunks.popleft()
+        return b"".join(parts)
+
+    def _empty(self) -> None:
+        self._chunks.clear()
+        self._offset = 0
+        self._unsent.clear()
+        self._unconfirmed.clear()
+
+    def _ms(self, size: int) -> int:
+        return round(size * 1000 / self._rate)
+
+
+PAUSE = "\N{OBJECT REPLACEMENT CHARACTER}"
+"""Stands in a recital for something that the carrier plays without ever telling that it has."""
+
+SPEECH_SECS_PER_CHARACTER = 0.1
+"""Slower than any synthesizer speaks: bounds how long a `stop` after playing waits for words that are never reported."""
+
+
+class Recital:
+    """Playout of a text-only stream: checkpoints after words, resolved from the words the carrier reports as spoken.
+
+    The carrier cuts its reports in pieces of its own, but put together they are the text that was said (Twilio, recorded
+    2026). White space is ignored on both sides.
+    """
+
+    def __init__(self) -> None:
+        self._text = ""  # what was said and is not yet known to be spoken
+        self._said = 0  # characters said since the start
+        self._marks: deque[tuple[str, int]] = deque()
+        self._quiet_at = float("-inf")
+        self.ending = False
+
+    def say(self, text: str, now: float) -> None:
+        """Words (or digits, which the carrier reports likewise) were sent."""
+        text = _squeeze(text)
+        self._text += text
+        self._said += len(text)
+        self._quiet_at = max(now, self._quiet_at) + len(text) * SPEECH_SECS_PER_CHARACTER
+
+    def play(self) -> None:
+        """Something was sent that is never reported: later words prove it over."""
+        self._text += PAUSE
+        self._said += 1
+
+    def checkpoint(self, name: str) -> list[Checkpoint]:
+        self._marks.append((name, self._said))
+        return self._reached()
+
+    def spoken(self, text: str) -> list[Checkpoint]:
+        """Words reached the caller. Words that nobody said (a greeting) prove nothing."""
+        piece = _squeeze(text)
+        if not piece:
+            return []
+        if not self._text.startswith(piece):
+            # A preempted message leaves a hole; a short piece could match anywhere and proves nothing.
+            at = self._text.find(piece) if len(piece) >= 4 or self._text.startswith(PAUSE) else -1
+            if at < 0:
+                return []
+            self._text = self._text[at:]
+        self._text = self._text[len(piece) :]
+        return self._reached()
+
+    def interrupted(self) -> list[Checkpoint]:
+        """The carrier threw away all that was not yet spoken."""
+        self._text = ""
+        return self._resolve_all(Outcome.CLEARED)
+
+    def finish(self) -> list[Checkpoint]:
+        return self._resolve_all(Outcome.LOST)
+
+    def idle(self, now: float) -> bool:
+        """Whether all words were spoken, or should have been long ago."""
+        return (not self._text and not self._marks) or now >= self._quiet_at + CONFIRM_SECS
+
+    def next_due(self) -> float | None:
+        return self._quiet_at + CONFIRM_SECS if self.ending else None
+
+    def _reached(self) -> list[Checkpoint]:
+        spoken = self._said - len(self._text)
+        results = []
+        while self._marks and self._marks[0][1] <= spoken:
+            results.append(Checkpoint(self._marks.popleft()[0], Outcome.PLAYED))
+        return results
+
+    def _resolve_all(self, outcome: Outcome) -> list[Checkpoint]:
+        results = [Checkpoint(name, outcome) for name, _ in self._marks]
+        self._marks.clear()
+        return results
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())

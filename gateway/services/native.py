@@ -1,0 +1,306 @@
+"""Our own service protocol, version 1, raw mode: the words of gateway/PROTOCOL.md. One more object of the `Carrier` shape.
+
+Pure. Up: events become JSON text messages and bare samples. Down: text messages become commands, bare samples `Audio`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import assert_never
+
+import msgspec
+from msgspec import Struct
+
+from gateway.errors import MalformedFrame
+from gateway.events import (
+    Account,
+    After,
+    Audio,
+    BargeIn,
+    Checkpoint,
+    Clear,
+    Command,
+    Dtmf,
+    Event,
+    Fault,
+    Flow,
+    FlowState,
+    Gap,
+    GapReason,
+    Language,
+    Outcome,
+    Party,
+    Play,
+    Say,
+    Speech,
+    Spoken,
+    Start,
+    Stop,
+    StopReason,
+    Transcript,
+    Unknown,
+)
+from gateway.media import MediaFormat, Track
+from gateway.provider import Habits
+
+SUBPROTOCOL_RAW = "telephony-gateway.v1.raw"
+
+
+# --- from the gateway ---
+
+
+class Up(Struct, frozen=True, tag_field="type"):
+    """Root of the messages from the gateway."""
+
+
+class StartUp(Up, frozen=True, tag="start"):
+    session: str
+    provider: str
+    kind: str
+    stream_id: str
+    call_id: str
+    account_id: str
+    caller: str
+    called: str
+    direction: str
+    role: str
+    track: Track
+    media_format: MediaFormat | None
+    frame_ms: int
+    accepts: tuple[str, ...]
+    parameters: dict[str, str]
+    resume: None = None
+
+
+class DtmfUp(Up, frozen=True, tag="dtmf"):
+    digits: str
+
+
+class CheckpointUp(Up, frozen=True, tag="checkpoint"):
+    name: str
+    outcome: Outcome
+    played_ms: int
+
+
+class ClearUp(Up, frozen=True, tag="clear"):
+    played_ms: int
+    cleared_ms: int
+
+
+class TranscriptUp(Up, frozen=True, tag="transcript"):
+    text: str
+    final: bool
+    language: str
+
+
+class BargeInUp(Up, frozen=True, tag="barge_in"):
+    heard: str
+    after_ms: int
+
+
+class SpeechUp(Up, frozen=True, tag="speech"):
+    who: Party
+    active: bool
+
+
+class SpokenUp(Up, frozen=True, tag="spoken"):
+    text: str
+
+
+class GapUp(Up, frozen=True, tag="gap"):
+    track: Track
+    lost_ms: int
+    reason: GapReason
+
+
+class FlowUp(Up, frozen=True, tag="flow"):
+    state: FlowState
+    buffered_ms: int
+
+
+class FaultUp(Up, frozen=True, tag="fault"):
+    code: str
+    message: str
+    ref: str | None
+
+
+class StopUp(Up, frozen=True, tag="stop"):
+    reason: StopReason
+    account: Account
+
+
+# --- from the service ---
+
+
+class Down(Struct, frozen=True, tag_field="type", forbid_unknown_fields=True, kw_only=True):
+    """Root of the messages from a service. A misspelt field is refused, not ignored: it would be a command half understood."""
+
+    id: str | None = None
+
+
+class CheckpointDown(Down, frozen=True, tag="checkpoint", kw_only=True):
+    name: str
+
+
+class ClearDown(Down, frozen=True, tag="clear", kw_only=True):
+    pass
+
+
+class DtmfDown(Down, frozen=True, tag="dtmf", kw_only=True):
+    digits: str
+
+
+class SayDown(Down, frozen=True, tag="say", kw_only=True):
+    text: str
+    final: bool = True
+    language: str | None = None
+    interruptible: bool | None = None
+    preemptible: bool | None = None
+
+
+class PlayDown(Down, frozen=True, tag="play", kw_only=True):
+    source: str
+    loop: int = 1
+    interruptible: bool | None = None
+    preemptible: bool | None = None
+
+
+class LanguageDown(Down, frozen=True, tag="language", kw_only=True):
+    speech: str | None = None
+    transcription: str | None = None
+
+
+class StopDown(Down, frozen=True, tag="stop", kw_only=True):
+    after: After = After.NOW
+    handoff: str | None = None
+
+
+DownMessage = CheckpointDown | ClearDown | DtmfDown | SayDown | PlayDown | LanguageDown | StopDown
+
+_decoder = msgspec.json.Decoder(DownMessage)
+_encoder = msgspec.json.Encoder()
+
+
+class _Ref(Struct):
+    id: str | None = None
+
+
+_ref_decoder = msgspec.json.Decoder(_Ref)
+
+
+class Malformed(MalformedFrame):
+    """A message from a service that can't be read. `ref` is its `id`, as far as that could be read."""
+
+    def __init__(self, detail: str, ref: str | None) -> None:
+        super().__init__("malformed_command", detail)
+        self.detail = detail
+        self.ref = ref
+
+
+class NativeCarrier:
+    """One connection's protocol object. The link has converted audio to `media_format` already."""
+
+    habits = Habits(confirms_clear=True)
+
+    def __init__(
+        self, *, session: str, provider: str, kind: str, role: str, track: Track, media_format: MediaFormat | None, frame_ms: int
+    ) -> None:
+        self._session = session
+        self._provider = provider
+        self._kind = kind
+        self._role = role
+        self._track = track
+        self._media_format = media_format
+        self._frame_ms = frame_ms
+
+    def encode(self, event: Event) -> Iterable[str | bytes]:
+        """The messages for one event; none for what services are not told."""
+        if type(event) is Audio:
+            return (event.payload,)
+        message = self._message(event)
+        return () if message is None else (_encoder.encode(message).decode(),)
+
+    def decode(self, frame: str | bytes) -> Iterable[Command]:
+        """The command of one message. Raises Malformed with a sentence for the service's author."""
+        if isinstance(frame, bytes):
+            return (Audio(frame),) if frame else ()
+        try:
+            message = _decoder.decode(frame)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+            raise Malformed(str(error), _ref_of(frame)) from error
+        return (_command(message),)
+
+    def _message(self, event: Event) -> Up | None:
+        match event:
+            case Start():
+                return StartUp(
+                    session=self._session,
+                    provider=self._provider,
+                    kind=self._kind,
+                    stream_id=event.stream_id,
+                    call_id=event.call_id,
+                    account_id=event.account_id,
+                    caller=event.caller,
+                    called=event.called,
+                    direction=event.direction,
+                    role=self._role,
+                    track=self._track,
+                    media_format=self._media_format,
+                    frame_ms=self._frame_ms,
+                    accepts=event.accepts,
+                    parameters=event.parameters,
+                )
+            case Dtmf():
+                return DtmfUp(event.digits)
+            case Checkpoint():
+                return None if event.outcome is None else CheckpointUp(event.name, event.outcome, event.played_ms)
+            case Clear():
+                return ClearUp(event.played_ms, event.cleared_ms)
+            case Transcript():
+                return TranscriptUp(event.text, event.final, event.language)
+            case BargeIn():
+                return BargeInUp(event.heard, event.after_ms)
+            case Speech():
+                return SpeechUp(event.who, event.active)
+            case Spoken():
+                return SpokenUp(event.text)
+            case Gap():
+                return GapUp(event.track, event.lost_ms, event.reason)
+            case Flow():
+                return FlowUp(event.state, event.buffered_ms)
+            case Fault():
+                return FaultUp(event.code, event.message, event.ref)
+            case Stop():
+                return StopUp(event.reason, event.account or Account())
+            case Unknown() | Audio():
+                return None
+            case _ as never:
+                assert_never(never)
+
+
+def _command(message: DownMessage) -> Command:
+    ref = message.id
+    match message:
+        case CheckpointDown():
+            return Checkpoint(message.name, ref=ref)
+        case ClearDown():
+            return Clear(ref=ref)
+        case DtmfDown():
+            return Dtmf(message.digits, ref=ref)
+        case SayDown():
+            return Say(message.text, message.final, message.language, message.interruptible, message.preemptible, ref)
+        case PlayDown():
+            return Play(message.source, message.loop, message.interruptible, message.preemptible, ref)
+        case LanguageDown():
+            return Language(message.speech, message.transcription, ref)
+        case StopDown():
+            return Stop(handoff=message.handoff, after=message.after, ref=ref)
+        case _ as never:
+            assert_never(never)
+
+
+def _ref_of(frame: str) -> str | None:
+    try:
+        return _ref_decoder.decode(frame).id
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return None

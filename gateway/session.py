@@ -1,0 +1,398 @@
+"""One stream's promises: start first, stop last and once, checkpoints once, gaps told, faults answered.
+
+Pure: `now` is an argument (seconds, monotonic). Events leave through `emit`, remarks for the operator through `note`; frames
+for the carrier are fetched one at a time with `next_frame`, so that a clear overtakes everything that has not left.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import assert_never
+
+from gateway.errors import LocalError, MalformedFrame, UnsupportedCommand
+from gateway.events import (
+    COMMAND_NAMES,
+    Account,
+    After,
+    Audio,
+    BargeIn,
+    Checkpoint,
+    Clear,
+    Command,
+    Dtmf,
+    Event,
+    Fault,
+    Flow,
+    FlowState,
+    Gap,
+    Language,
+    Message,
+    Outcome,
+    Play,
+    Say,
+    Speech,
+    Spoken,
+    Start,
+    Stop,
+    StopReason,
+    Transcript,
+    Unknown,
+)
+from gateway.media import Track
+from gateway.playout import Playout, Recital
+from gateway.provider import Codec
+from gateway.timeline import Timeline
+
+HELD_FRAMES = 25
+"""Audio before the start frame is held, up to half a second of it."""
+
+BAD_FRAMES, BAD_FRAMES_SECS = 50, 10.0
+"""A carrier that sends more bad frames than this in this time is cut off."""
+
+REMARKED_KINDS = 20
+"""Kinds of bad or unknown frames that are remarked on, once each; the rest is only counted."""
+
+
+class Session:
+    """One stream between its codec and whoever listens.
+
+    Feed it with `receive` (a carrier's frame) and `perform` (a service's command); after each, and at `next_due`, send what
+    `next_frame` returns until it returns None. When `over`, send the rest and close the socket with `close_code`. Call `end` when
+    the socket is gone; it is idempotent. It never raises on what a peer sends.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        *,
+        emit: Callable[[Event], None],
+        note: Callable[[str, dict[str, object]], None],
+        capacity_ms: int = 120_000,
+    ) -> None:
+        self._codec = codec
+        self._emit = emit
+        self._note = note
+        self._capacity_ms = capacity_ms
+        self._frames: deque[str | bytes] = deque()
+        self._early: list[Audio] = []
+        self._timelines: dict[Track, Timeline] = {}
+        self._bad_since = float("-inf")
+        self._bad_recently = 0
+        self._paused = False
+        self._overflowing = False
+        self._ending: Stop | None = None
+        self.start: Start | None = None
+        self.stop: Stop | None = None
+        self.playout: Playout | None = None
+        self.recital: Recital | None = None
+        self.close_code = 1000
+        self.farewell = False
+        """Whether the carrier was told to end the session and closes the socket itself."""
+        self.frames_in = 0
+        self.frames_out = 0
+        self.received_bytes = 0
+        self.duplicate_bytes = 0
+        self.gap_ms = 0
+        self.bad: Counter[str] = Counter()
+        self.unknown: Counter[str] = Counter()
+        self.outcomes: Counter[Outcome] = Counter()
+        self.faults: Counter[str] = Counter()
+
+    @property
+    def over(self) -> bool:
+        """Whether the stream has ended: nothing more is told, and the socket should be closed."""
+        return self.stop is not None
+
+    # --- from the carrier ---
+
+    def receive(self, frame: str | bytes, now: float) -> None:
+        """Take one frame of the carrier."""
+        self.frames_in += 1
+        if self.stop is not None:
+            return
+        try:
+            events = self._codec.decode(frame)
+        except MalformedFrame as error:
+            self._malformed(error, now)
+            return
+        for event in events:
+            if type(event) is Audio:
+                self._hear(event)
+            else:
+                self._tell(event, now)
+
+    def end(self, reason: StopReason, now: float) -> None:
+        """The stream is over, by whichever side: tell what was lost, then stop. Only the first reason counts."""
+        self._finish(Stop(reason), now)
+
+    # --- from the service ---
+
+    def perform(self, command: Command, now: float) -> None:
+        """Carry out one command. What can't be done comes back as a fault with the command's `ref`."""
+        if self.stop is not None:
+            return
+        try:
+            if type(command) is Audio:
+                self._play(command, now)
+            else:
+                self._obey(command, now)
+        except LocalError as error:
+            self.fault(error.code, str(error), _ref(command))
+
+    def fault(self, code: str, message: str, ref: str | None = None) -> None:
+        """Tell the service that something was refused."""
+        self.faults[code] += 1
+        self._emit(Fault(code, message, ref))
+
+    # --- to the carrier ---
+
+    def next_frame(self, now: float) -> str | bytes | None:
+        """The next frame to send, or None for now; then look at `next_due` and `over`."""
+        if not self._frames and self.stop is None and (playout := self.playout) is not None:
+            for result in playout.overdue(now):
+                self._note("checkpoint_unconfirmed", {"after_secs": "5 s past its due time"})
+                self._report(result)
+            if (item := playout.next_frame(now)) is not None:
+                self._frames.extend(self._codec.encode(item))
+                if self._paused:
+                    self._watch_level()
+        if self._frames:
+            self.frames_out += 1
+            return self._frames.popleft()
+        if self._ending is not None and self.stop is None and self._quiet(now):
+            self._stop(self._ending, now)
+            return self.next_frame(now)
+        return None
+
+    def next_due(self) -> float | None:
+        """When `next_frame` should be called again if nothing else happens; None: not before then."""
+        if self.stop is not None:
+            return None
+        if self.playout is not None:
+            return self.playout.next_due()
+        return self.recital.next_due() if self.recital is not None else None
+
+    # --- inside: upwards ---
+
+    def _hear(self, audio: Audio) -> None:
+        start = self.start
+        if start is None:
+            if len(self._early) < HELD_FRAMES:
+                self._early.append(audio)
+            else:
+                self.bad["before_start"] += 1
+            return
+        size = len(audio.payload)
+        self.received_bytes += size
+        if audio.timestamp_ms is not None and start.media_format is not None:
+            timeline = self._timelines.get(audio.track)
+            if timeline is None:
+                timeline = self._timelines[audio.track] = Timeline()
+            lost = timeline.place(audio.timestamp_ms, audio.payload, start.media_format.duration_ms(size))
+            if lost is None:
+                self.duplicate_bytes += size
+                return
+            if lost:
+                self.gap_ms += lost
+                self._emit(Gap(lost, audio.track))
+        self._emit(audio)
+
+    def _tell(self, event: Event, now: float) -> None:
+        match event:
+            case Start():
+                self._begin(event)
+            case Stop():
+                self._finish(event, now)
+            case Checkpoint():
+                if self.playout is not None:
+                    for result in self.playout.confirm(event.name, now):
+                        self._report(result)
+            case Clear():
+                pass  # only an acknowledgement: the session told the service when it cut
+            case Spoken():
+                self._emit(event)
+                if self.recital is not None:
+                    for result in self.recital.spoken(event.text):
+                        self._report(result)
+            case BargeIn():
+                self._emit(event)
+                if self.recital is not None:
+                    for result in self.recital.interrupted():
+                        self._report(result)
+            case Unknown():
+                self._remark(self.unknown, "unknown_frame", event.kind, "")
+                self._emit(event)
+            case Fault():
+                self.faults[event.code] += 1
+                self._note("carrier_fault", {"code": event.code, "message": event.message})
+                self._emit(event)
+            case Dtmf() | Transcript() | Speech() | Gap() | Flow() | Audio():
+                if self.start is None:
+                    self.bad["before_start"] += 1
+                else:
+                    self._emit(event)
+            case _ as never:
+                assert_never(never)
+
+    def _begin(self, start: Start) -> None:
+        self.start = start
+        if start.media_format is None:
+            self.recital = Recital()
+        else:
+            self.playout = Playout(start.media_format, self._codec.limits, capacity_ms=self._capacity_ms)
+        self._emit(start)
+        early, self._early = self._early, []
+        for audio in early:
+            self._hear(audio)
+
+    def _finish(self, stop: Stop, now: float) -> None:
+        if self.stop is not None:
+            return
+        if self.playout is not None:
+            for result in self.playout.finish(now):
+                self._report(result)
+        if self.recital is not None:
+            for result in self.recital.finish():
+                self._report(result)
+        self.stop = Stop(stop.reason, stop.handoff, account=self.account(now))
+        if self.start is not None:
+            self._emit(self.stop)
+
+    def account(self, now: float) -> Account:
+        """Where the audio went, in milliseconds. Forwarded and dropped are known only to the service's link."""
+        media_format = self.start.media_format if self.start is not None else None
+        if media_format is None or self.playout is None:
+            return Account()
+        queued, played, cleared, _ = (round(media_format.duration_ms(size)) for size in self.playout.totals(now))
+        received = round(media_format.duration_ms(self.received_bytes))
+        return Account(received=received, queued=queued, played=played, cleared=cleared, lost=queued - played - cleared)
+
+    def _malformed(self, error: MalformedFrame, now: float) -> None:
+        self._remark(self.bad, "bad_frame", error.reason, str(error))
+        if now - self._bad_since > BAD_FRAMES_SECS:
+            self._bad_since, self._bad_recently = now, 0
+        self._bad_recently += 1
+        if self._bad_recently > BAD_FRAMES:
+            self._note("too_many_bad_frames", {"frames": self._bad_recently, "within_secs": BAD_FRAMES_SECS})
+            self.close_code = 1008
+            self.end(StopReason.PROTOCOL_ERROR, now)
+
+    def _remark(self, counter: Counter[str], what: str, kind: str, detail: str) -> None:
+        """Count, and remark on it the first time."""
+        if kind not in counter and len(counter) >= REMARKED_KINDS:
+            kind = "other"
+        counter[kind] += 1
+        if counter[kind] == 1:
+            self._note(what, {"kind": kind, "detail": detail[:200]})
+
+    def _report(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.outcome is not None:
+            self.outcomes[checkpoint.outcome] += 1
+        self._emit(checkpoint)
+
+    # --- inside: downwards ---
+
+    def _play(self, audio: Audio, now: float) -> None:
+        playout = self._require(Audio)
+        refused = playout.push(audio.payload, now)
+        if refused:
+            if not self._overflowing:
+                self._overflowing = True
+                message = f"the playout queue holds {self._capacity_ms} ms and is full: the newest audio was refused"
+                self.fault("playout_overflow", message)
+        elif self._overflowing and not self._paused:
+            self._overflowing = False
+        self._watch_level()
+
+    def _obey(self, command: Command, now: float) -> None:
+        kind = type(command)
+        if kind not in self._codec.accepts and kind is not Stop:
+            raise self._unsupported(kind)
+        if self._ending is not None and not isinstance(command, (Clear, Stop)):
+            self.fault("stopping", "the stream ends once the queue has played: nothing can be added", _ref(command))
+            return
+        match command:
+            case Checkpoint():
+                if self.playout is not None:
+                    self.playout.checkpoint(command.name)
+                elif self.recital is not None:
+                    for result in self.recital.checkpoint(command.name):
+                        self._report(result)
+            case Clear():
+                self._clear(command, now)
+            case Stop():
+                if command.after is After.PLAYED:
+                    self._ending = command
+                    for queue in (self.playout, self.recital):
+                        if queue is not None:
+                            queue.ending = True
+                else:
+                    self._stop(command, now)
+            case Say():
+                self._frames.extend(self._codec.encode(command))
+                if self.recital is not None:
+                    self.recital.say(command.text, now)
+            case Dtmf():
+                self._frames.extend(self._codec.encode(command))
+                if self.recital is not None:
+                    self.recital.say(command.digits, now)
+            case Play():
+                self._frames.extend(self._codec.encode(command))
+                if self.recital is not None:
+                    self.recital.play()
+            case Language():
+                self._frames.extend(self._codec.encode(command))
+            case Audio():
+                self._play(command, now)
+            case _ as never:
+                assert_never(never)
+
+    def _clear(self, command: Clear, now: float) -> None:
+        playout = self._require(Clear)
+        frames = list(self._codec.encode(command))
+        tell_carrier, results = playout.clear(now)
+        if tell_carrier:
+            self._frames.extend(frames)
+        for result in results:
+            if isinstance(result, Checkpoint):
+                self._report(result)
+            else:
+                self._emit(result)
+        self._watch_level()
+
+    def _stop(self, command: Stop, now: float) -> None:
+        frames = list(self._codec.encode(command))
+        self.farewell = bool(frames)
+        self._frames.extend(frames)
+        self._finish(Stop(StopReason.SERVICE_STOP, command.handoff), now)
+
+    def _quiet(self, now: float) -> bool:
+        if self.playout is not None:
+            return self.playout.idle(now)
+        return self.recital is None or self.recital.idle(now)
+
+    def _require(self, kind: type[Message]) -> Playout:
+        if self.playout is None or kind not in self._codec.accepts:
+            raise self._unsupported(kind)
+        return self.playout
+
+    def _unsupported(self, kind: type[Message]) -> UnsupportedCommand:
+        accepted = ", ".join(sorted(COMMAND_NAMES[each] for each in self._codec.accepts)) or "nothing"
+        return UnsupportedCommand(f"this stream can't carry out {COMMAND_NAMES[kind]!r}; it accepts: {accepted}")
+
+    def _watch_level(self) -> None:
+        playout = self.playout
+        if playout is None:
+            return
+        queued_ms = playout.queued_ms
+        if not self._paused and queued_ms >= self._capacity_ms // 2:
+            self._paused = True
+            self._emit(Flow(FlowState.PAUSE, queued_ms))
+        elif self._paused and queued_ms <= self._capacity_ms // 4:
+            self._paused = self._overflowing = False
+            self._emit(Flow(FlowState.RESUME, queued_ms))
+
+
+def _ref(command: Command) -> str | None:
+    return None if isinstance(command, Audio) else command.ref

@@ -1,0 +1,47 @@
+"""One track's time axis: the carrier's timestamps rule, and audio that should be there and is not is told as a gap."""
+
+from __future__ import annotations
+
+JITTER_MS = 15
+"""Less than a frame: a shorter hole is the carrier's rounding, not a loss."""
+
+LARGEST_SURPLUS_MS = 10_000
+"""Audio ahead of its timestamps (a burst stamped by arrival) is kept whole and later gaps are set off against it, up to this."""
+
+
+class Timeline:
+    """Compares the audio of one track with its timestamps. Milliseconds; nothing here knows a wall clock.
+
+    The sum of audio and told gaps is as long as the timestamps say, within JITTER_MS.
+    """
+
+    __slots__ = ("_ahead", "_last_payload", "_last_timestamp")
+
+    def __init__(self) -> None:
+        self._last_timestamp: int | None = None
+        self._last_payload = b""
+        self._ahead = 0.0  # milliseconds of audio (and told gaps) beyond the time of the last timestamp
+
+    def place(self, timestamp_ms: int, payload: bytes, duration_ms: float) -> int | None:
+        """Put a chunk on the axis. Returns the milliseconds missing before it, or None if it is a duplicate to be dropped."""
+        last = self._last_timestamp
+        self._last_timestamp = timestamp_ms
+        if last is None:
+            self._ahead = duration_ms
+            self._last_payload = payload
+            return 0
+        step = timestamp_ms - last
+        if step == 0 and payload == self._last_payload:
+            return None
+        self._last_payload = payload
+        if step < 0:
+            # The clock was set back: begin anew rather than invent or drop.
+            self._ahead = duration_ms
+            return 0
+        ahead = self._ahead - step
+        lost = 0
+        if ahead < -JITTER_MS:
+            lost = round(-ahead)
+            ahead = 0.0
+        self._ahead = min(ahead + duration_ms, LARGEST_SURPLUS_MS)
+        return lost
