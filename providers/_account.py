@@ -3,6 +3,7 @@ hands to our own codec because the carrier's start frame leaves them out."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from gateway.errors import MalformedFrame, SignatureMismatch
@@ -17,25 +18,49 @@ _MAX_DIGITS = 64
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
-def check_tokens(auth_token: str | list[str] | None, auth: str | None) -> None:
-    """Raises ValueError unless exactly one way to tell friend from foe is configured."""
+Problems = Iterable[str]
+"""What is wrong with a section of the configuration: `key: sentence`, each."""
+
+
+def object_to(*checks: Problems) -> None:
+    """Raises ValueError with everything that the checks found, one argument each; nothing if they found nothing."""
+    if problems := [problem for check in checks for problem in check]:
+        raise ValueError(*problems)
+
+
+def check_tokens(auth_token: str | list[str] | None, auth: str | None) -> Problems:
+    """There is exactly one way to tell friend from foe."""
     if (auth_token is None) == (auth is None):
-        raise ValueError("give exactly one of `auth_token: …` and `auth: none`")
-    if auth_token is not None and not all([auth_token] if isinstance(auth_token, str) else [*auth_token, auth_token]):
-        raise ValueError("`auth_token` is empty; give the account's token, a list of tokens, or `auth: none`")
+        yield "auth: give exactly one of `auth_token: …` and `auth: none`"
+    elif auth_token is not None and not (auth_token and all(auth_token)):
+        yield "auth_token: is empty; give the account's token, a list of tokens, or `auth: none`"
 
 
-def check_names(parameters: dict[str, str]) -> None:
-    """Raises ValueError for parameter names that the gateway itself uses."""
+def check_names(parameters: dict[str, str]) -> Problems:
+    """No parameter has a name that the gateway itself uses."""
     for name in parameters:
         if not name or name.startswith(_RESERVED):
-            raise ValueError(f"`parameters` has the name {name!r}; names are not empty and don't begin with {_RESERVED!r}")
+            yield f"parameters: the name {name!r} is taken; names are not empty and don't begin with {_RESERVED}"
 
 
-def check_lead(lead_ms: int | None, ceiling_ms: int) -> None:
-    """Raises ValueError for a lead that the carrier can't hold."""
+def check_lead(lead_ms: int | None, ceiling_ms: int) -> Problems:
+    """The carrier can hold the lead."""
     if lead_ms is not None and not 20 <= lead_ms <= ceiling_ms:
-        raise ValueError(f"`lead_ms` is {lead_ms}; this carrier holds 20 to {ceiling_ms} ms")
+        yield f"lead_ms: {lead_ms} is out of range; this carrier holds 20 to {ceiling_ms} ms"
+
+
+def check_mode(mode: str, track: str, then: str, after: str) -> Problems:
+    """The options fit the direction of the stream."""
+    if mode == "listen":
+        if not then:
+            yield "mode: listen needs `then`, such as <Dial>…</Dial>: with no next element the call ends at once"
+        if after:
+            yield "after: has no effect with `mode: listen`; what runs meanwhile goes into `then`"
+    else:
+        if track != "inbound":
+            yield f"track: {track} needs `mode: listen`; a conversation hears the inbound track only"
+        if then:
+            yield "then: needs `mode: listen`; what runs once a conversation has ended goes into `after`"
 
 
 def authenticate(auth: str | None) -> None:
@@ -82,14 +107,3 @@ def check_stream_url(url: str, *, scheme: str, malformed: str) -> None:
         raise MalformedFrame(malformed, f"the stream URL {url!r} names no host")
     if parts.scheme != "wss" and not (parts.scheme == "ws" and host in _LOOPBACK):
         raise MalformedFrame(scheme, f"the stream URL's scheme is {parts.scheme!r}; carriers dial wss:// only")
-
-
-def check_mode(mode: str, track: str, then: str, after: str) -> None:
-    """Raises ValueError for options that contradict the direction of the stream."""
-    if mode == "listen":
-        if not then:
-            raise ValueError("`mode: listen` needs `then`, such as <Dial>…</Dial>: with no next element the call ends at once")
-        if after:
-            raise ValueError("`after` has no effect with `mode: listen`; the elements that run meanwhile go into `then`")
-    elif track != "inbound" or then:
-        raise ValueError("`track` and `then` belong to `mode: listen`; a conversation hears the inbound track only")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from xml.etree import ElementTree
 
 from gateway.errors import MalformedFrame
@@ -36,14 +36,15 @@ def response(*children: str) -> str:
     return '<?xml version="1.0" encoding="UTF-8"?>' + element("Response", None, *children)
 
 
-def fragment(key: str, text: str) -> None:
-    """Raises ValueError with a sentence unless `text`, the raw XML elements of option `key`, is well-formed."""
+def check_elements(key: str, text: str) -> Iterable[str]:
+    """Option `key` is well-formed XML elements and nothing beside them; else yields what is wrong with it."""
     try:
         root = ElementTree.fromstring(f"<Response>{text}</Response>")  # noqa: S314 - the operator's own configuration
     except (ElementTree.ParseError, ValueError) as error:
-        raise ValueError(f"`{key}` is not well-formed XML: {error}; write elements like <Hangup/>") from error
+        yield f"{key}: not well-formed XML ({error}); write elements like <Hangup/>"
+        return
     if (root.text or "").strip() or any((child.tail or "").strip() for child in root):
-        raise ValueError(f"`{key}` has text outside its XML elements; write elements like <Hangup/>")
+        yield f"{key}: has text outside its XML elements; write elements like <Hangup/>"
 
 
 def parse(document: str, complaint: str) -> ElementTree.Element:
