@@ -7,7 +7,7 @@ Sources: plivo.com/docs/voice-agents/audio-streaming/concepts/audio-streaming-re
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -72,13 +72,11 @@ def join_headers(pairs: Mapping[str, str], separator: str) -> str:
     )
 
 
-def check_headers(parameters: Mapping[str, str]) -> None:
-    """Raises ValueError if the parameters leave no room for the call's own facts."""
+def check_headers(parameters: Mapping[str, str]) -> Iterable[str]:
+    """The parameters leave room for the call's own facts; else yields what is wrong."""
     size = len(join_headers(parameters, ","))
     if size > HEADER_BYTES - ROOM_FOR_FACTS:
-        raise ValueError(
-            f"`parameters` takes {size} bytes in extraHeaders; Plivo leaves {HEADER_BYTES - ROOM_FOR_FACTS} for them"
-        )
+        yield f"parameters: take {size} bytes in extraHeaders; there is room for {HEADER_BYTES - ROOM_FOR_FACTS}"
 
 
 def read_headers(value: Any) -> dict[str, str]:

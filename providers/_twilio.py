@@ -61,13 +61,11 @@ def answer(*verbs: str) -> Answer:
     return Answer(_xml.response(*verbs))
 
 
-def check_parameters(parameters: Mapping[str, str]) -> None:
-    """Raises ValueError for a pair that Twilio would not carry."""
+def check_parameters(parameters: Mapping[str, str]) -> Iterable[str]:
+    """Twilio carries every pair; else yields what is wrong."""
     for name, value in parameters.items():
         if not _fits(name, value):
-            raise ValueError(
-                f"`parameters.{name}` is too long: Twilio carries a name and a value of under 500 characters together"
-            )
+            yield f"parameters: {name[:64]!r} is too long; Twilio carries names and values of under 500 characters together"
 
 
 def parameters(pairs: Mapping[str, str]) -> list[str]:

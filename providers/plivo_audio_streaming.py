@@ -83,22 +83,25 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stream_timeout_secs: int = 86_400
 
     def __post_init__(self) -> None:
-        _account.check_tokens(self.auth_token, self.auth)
-        _account.check_names(self.parameters)
-        _account.check_mode(self.mode, self.track, self.then, self.after)
-        _account.check_lead(self.lead_ms, _LIMITS.ceiling_ms)
-        _plivo.check_headers(self.parameters)
-        _xml.fragment("then", self.then)
-        _xml.fragment("after", self.after)
+        _account.object_to(
+            _account.check_tokens(self.auth_token, self.auth),
+            _account.check_names(self.parameters),
+            _account.check_mode(self.mode, self.track, self.then, self.after),
+            _account.check_lead(self.lead_ms, _LIMITS.ceiling_ms),
+            _plivo.check_headers(self.parameters),
+            _xml.check_elements("then", self.then),
+            _xml.check_elements("after", self.after),
+            self._check(),
+        )
+
+    def _check(self) -> Iterable[str]:
         if self.media_format not in _plivo.FORMATS:
-            raise ValueError(
-                f"`media_format` is {self.media_format}; Plivo carries mulaw/8000, pcm_s16le/8000 and pcm_s16le/16000"
-            )
+            yield f"media_format: Plivo carries mulaw/8000, pcm_s16le/8000 and pcm_s16le/16000, not {self.media_format}"
         level = self.noise_cancellation_level
         if level is not None and not (self.noise_cancellation and 60 <= level <= 100):
-            raise ValueError(f"`noise_cancellation_level` is {level}; it is 60 to 100 and needs `noise_cancellation: true`")
+            yield f"noise_cancellation_level: {level} is out of range; it is 60 to 100 and needs `noise_cancellation: true`"
         if self.stream_timeout_secs < 1:
-            raise ValueError(f"`stream_timeout_secs` is {self.stream_timeout_secs}; Plivo wants a positive number of seconds")
+            yield f"stream_timeout_secs: {self.stream_timeout_secs} is out of range; Plivo wants a positive number of seconds"
 
 
 # --- frames from Plivo, as tolerantly as we read them; its own test client leaves out most members ----------------------
@@ -256,7 +259,9 @@ class Codec:
                 assert_never(message)
 
     def encode(self, command: Command) -> Iterable[str | bytes]:
-        """Frames of one command; none for Stop, which is said by closing the socket. See the contract for errors."""
+        """Frames of one command; none for Stop: any stream is ended by closing its socket. See the contract for errors."""
+        if isinstance(command, Stop):
+            return ()
         if type(command) not in self.accepts:
             what = COMMAND_NAMES[type(command)]
             raise UnsupportedCommand(f"Plivo can't carry {what!r} on this stream; it accepts {self._accepted()}")

@@ -134,14 +134,19 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     languages: list[SpokenLanguage] = member(default_factory=list)
 
     def __post_init__(self) -> None:
-        _account.check_tokens(self.auth_token, self.auth)
-        _account.check_names(self.parameters)
-        _twilio.check_parameters(self.parameters)
-        _xml.fragment("after", self.after)
+        _account.object_to(
+            _account.check_tokens(self.auth_token, self.auth),
+            _account.check_names(self.parameters),
+            _twilio.check_parameters(self.parameters),
+            _xml.check_elements("after", self.after),
+            self._check(),
+        )
+
+    def _check(self) -> Iterable[str]:
         if isinstance(self.speech_timeout, int) and not 600 <= self.speech_timeout <= 5000:
-            raise ValueError(f"`speech_timeout` is {self.speech_timeout}; Twilio takes 600 to 5000 milliseconds, or auto")
+            yield f"speech_timeout: {self.speech_timeout} is out of range; Twilio takes 600 to 5000 milliseconds, or auto"
         if self.eot_threshold is not None and not 0.5 <= self.eot_threshold <= 0.9:
-            raise ValueError(f"`eot_threshold` is {self.eot_threshold}; Twilio takes 0.5 to 0.9")
+            yield f"eot_threshold: {self.eot_threshold} is out of range; Twilio takes 0.5 to 0.9"
 
 
 # --- frames from Twilio, as tolerantly as we read them -----------------------------------------------------------------

@@ -74,13 +74,15 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lead_ms: int | None = None
 
     def __post_init__(self) -> None:
-        _account.check_tokens(self.auth_token, self.auth)
-        _account.check_names(self.parameters)
-        _account.check_mode(self.mode, self.track, self.then, self.after)
-        _account.check_lead(self.lead_ms, _LIMITS.ceiling_ms)
-        _twilio.check_parameters(self.parameters)
-        _xml.fragment("then", self.then)
-        _xml.fragment("after", self.after)
+        _account.object_to(
+            _account.check_tokens(self.auth_token, self.auth),
+            _account.check_names(self.parameters),
+            _account.check_mode(self.mode, self.track, self.then, self.after),
+            _account.check_lead(self.lead_ms, _LIMITS.ceiling_ms),
+            _twilio.check_parameters(self.parameters),
+            _xml.check_elements("then", self.then),
+            _xml.check_elements("after", self.after),
+        )
 
 
 # --- frames from Twilio, as tolerantly as we read them -----------------------------------------------------------------
@@ -215,7 +217,9 @@ class Codec:
         return (event,)
 
     def encode(self, command: Command) -> Iterable[str | bytes]:
-        """Frames of one command; none for Stop, which is said by closing the socket. See the contract for errors."""
+        """Frames of one command; none for Stop: any stream is ended by closing its socket. See the contract for errors."""
+        if isinstance(command, Stop):
+            return ()
         if type(command) not in self.accepts:
             what = COMMAND_NAMES[type(command)]
             raise UnsupportedCommand(f"Twilio Media Streams can't carry {what!r} on this stream; it accepts {self._accepted()}")
