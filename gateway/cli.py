@@ -145,7 +145,7 @@ def _words(kinds: frozenset[type[Message]]) -> list[str]:
 
 
 def _accepted(provider: type[Provider]) -> list[str]:
-    words = {COMMAND_NAMES[kind] for kind in provider.accepts}
+    words = {COMMAND_NAMES[kind] for kind in provider(msgspec.convert({"auth": "none"}, provider.Config)).codec().accepts}
     return [word for word in _all_words() if word in words]
 
 

@@ -20,8 +20,8 @@ CONFIRM_SECS = 5.0
 RESIDUE_SECS = 0.02
 """Less than one frame of audio waits this long for the rest of its frame."""
 
-UNDERRUN_SECS = 0.5
-"""Audio that comes within this time after the line ran dry was late: the caller heard a hole."""
+HOLE_SECS, PAUSE_SECS = 0.005, 0.5
+"""An underrun is a hole in what was meant to be one piece: longer than a carrier's jitter buffer covers, shorter than a pause."""
 
 
 @dataclass(slots=True)
@@ -131,7 +131,7 @@ class Playout:
         if size == self._largest or not self._flushing:
             size -= size % self._unit if size >= self._unit else 0
         if self._dry_at < now:
-            if self._sent and now - self._dry_at < UNDERRUN_SECS:
+            if self._sent and HOLE_SECS < now - self._dry_at < PAUSE_SECS:
                 self.underruns += 1
             self._dry_at = now
         self._sent += size

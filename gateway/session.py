@@ -54,6 +54,9 @@ REMARKED_KINDS = 20
 """Kinds of bad or unknown frames that are remarked on, once each; the rest is only counted."""
 
 
+STOPPING = "the stream ends once the queue has played: nothing can be added"
+
+
 class Session:
     """One stream between its codec and whoever listens.
 
@@ -80,7 +83,7 @@ class Session:
         self._bad_since = float("-inf")
         self._bad_recently = 0
         self._paused = False
-        self._overflowing = False
+        self._told: set[str] = set()
         self._ending: Stop | None = None
         self.start: Start | None = None
         self.stop: Stop | None = None
@@ -294,23 +297,29 @@ class Session:
     # --- inside: downwards ---
 
     def _play(self, audio: Audio, now: float) -> None:
-        playout = self._require(Audio)
-        refused = playout.push(audio.payload, now)
-        if refused:
-            if not self._overflowing:
-                self._overflowing = True
+        playout = self.playout
+        if playout is None or Audio not in self._codec.accepts:
+            self._refuse_audio("unsupported_command", str(self._unsupported(Audio)))
+        elif self._ending is not None:
+            self._refuse_audio("stopping", STOPPING)
+        else:
+            if playout.push(audio.payload, now):
                 message = f"the playout queue holds {self._capacity_ms} ms and is full: the newest audio was refused"
-                self.fault("playout_overflow", message)
-        elif self._overflowing and not self._paused:
-            self._overflowing = False
-        self._watch_level()
+                self._refuse_audio("playout_overflow", message)
+            self._watch_level()
+
+    def _refuse_audio(self, code: str, message: str) -> None:
+        """Tell it once, not once a frame; for a full queue, once until it has drained."""
+        if code not in self._told:
+            self._told.add(code)
+            self.fault(code, message)
 
     def _obey(self, command: Command, now: float) -> None:
         kind = type(command)
         if kind not in self._codec.accepts and kind is not Stop:
             raise self._unsupported(kind)
         if self._ending is not None and not isinstance(command, (Clear, Stop)):
-            self.fault("stopping", "the stream ends once the queue has played: nothing can be added", _ref(command))
+            self.fault("stopping", STOPPING, _ref(command))
             return
         match command:
             case Checkpoint():
@@ -390,7 +399,8 @@ class Session:
             self._paused = True
             self._emit(Flow(FlowState.PAUSE, queued_ms))
         elif self._paused and queued_ms <= self._capacity_ms // 4:
-            self._paused = self._overflowing = False
+            self._paused = False
+            self._told.discard("playout_overflow")
             self._emit(Flow(FlowState.RESUME, queued_ms))
 
 

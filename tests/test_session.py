@@ -1,0 +1,453 @@
+"""What one stream promises, as transcripts. `>>` happens, `<<` must come out of it."""
+
+from __future__ import annotations
+
+import pytest
+
+import providers
+from tests.playbook import AUDIO_KINDS, Stage, check
+
+pytestmark = pytest.mark.parametrize("kind", AUDIO_KINDS)
+
+
+def test_audio_goes_up_and_down(kind: str) -> None:
+    check(
+        kind,
+        """
+        >> start
+        << start
+        >> caller 20 @40
+        << heard 20
+        >> caller 20 @60
+        << heard 20
+        >> keys 5
+        << keys 5
+        >> audio 20
+        << media 20
+        >> drop
+        << stop carrier_closed
+        """,
+    )
+
+
+def test_audio_before_the_start_is_held_and_comes_after_it(kind: str) -> None:
+    # The carrier half can't speak before its start, so an earlier stream's start is what it learns the ids from.
+    stage = Stage(kind)
+    stage.carrier = providers.load(kind).carrier()
+    start_frames = [*stage.carrier.encode(_start(stage))]
+    media = [frame for at in (40, 60) for frame in stage.carrier.encode(_caller(stage, at))]
+    for frame in (*media, *start_frames):
+        stage.session.receive(frame, stage.now)
+    assert ["Start", "Audio", "Audio"] == [type(event).__name__ for event in stage.events]
+
+
+def test_audio_before_the_start_is_bounded(kind: str) -> None:
+    stage = Stage(kind)
+    start_frames = [*stage.carrier.encode(_start(stage))]
+    for n in range(40):
+        for frame in stage.carrier.encode(_caller(stage, 20 * n)):
+            stage.session.receive(frame, stage.now)
+    for frame in start_frames:
+        stage.session.receive(frame, stage.now)
+    assert 25 == sum(type(event).__name__ == "Audio" for event in stage.events)
+    assert 15 == stage.session.bad["before_start"]
+
+
+def test_stop_comes_once_and_last(kind: str) -> None:
+    check(
+        kind,
+        """
+        >> start
+        << start
+        >> hangup
+        << stop {}
+        >> caller 20 @100
+        >> drop
+        >> audio 20
+        """.format("caller_hangup" if providers.load(kind).carrier().habits.says_stop else "carrier_closed"),
+    )
+
+
+def test_a_hole_in_the_timestamps_is_told_and_a_duplicate_is_dropped(kind: str) -> None:
+    stage = check(
+        kind,
+        """
+        >> start
+        << start
+        >> caller 20 @1000
+        << heard 20
+        >> caller 20 @1000
+        >> caller 20 @1020
+        << heard 20
+        >> caller 20 @1100
+        << gap 60
+        << heard 20
+        >> caller 20 @1119
+        << heard 20
+        >> caller 20 @1141
+        << heard 20
+        """,
+    )
+    assert 160 == stage.session.duplicate_bytes
+
+
+def test_a_checkpoint_is_played_when_the_carrier_says_so(kind: str) -> None:
+    check(
+        kind,
+        """
+        >> start
+        << start
+        >> audio 100
+        << media 100
+        >> checkpoint a
+        << mark 1
+        >> audio 40
+        << media 40
+        >> checkpoint b
+        << mark 2
+        >> wait 100
+        >> echo 1
+        << checkpoint a played 100
+        >> wait 40
+        >> echo 2
+        << checkpoint b played 40
+        """,
+    )
+
+
+def test_a_checkpoint_on_an_empty_line_still_goes_to_the_carrier(kind: str) -> None:
+    check(
+        kind,
+        """
+        >> start
+        << start
+        >> checkpoint a
+        << mark 1
+        >> echo 1
+        << checkpoint a played 0
+        """,
+    )
+
+
+def test_the_same_name_twice_comes_back_twice(kind: str) -> None:
+    check(
+        kind,
+        """
+        >> start
+        << start
+        >> audio 20
+        << media 20
+        >> checkpoint a
+        << mark 1
+        >> audio 20
+        << media 20
+        >> checkpoint a
+        << mark 2
+        >> echo 2
+        << checkpoint a played 20
+        << checkpoint a played 20
+        >> echo 1
+        >> echo 2
+        """,
+    )
+
+
+def test_a_clear_cuts_at_once_and_tells_what_was_heard(kind: str) -> None:
+    check(
+        kind,
+        """
+        >> start
+        << start
+        >> audio 1000
+        << media 240
+        >> checkpoint a
+        >> audio 500
+        >> checkpoint b
+        >> wait 400
+        << media 420
+        >> clear
+        << cut
+        << checkpoint a cleared 400
+        << checkpoint b cleared 0
+        << clear 400 1100
+        >> echo? g0.1
+        >> cleared
+        >> audio 60
+        << media 60
+        >> checkpoint c
+        << mark 1
+        >> wait 60
+        >> echo 1
+        << checkpoint c played 60
+        """,
+    )
+
+
+def test_late_echoes_of_a_cleared_checkpoint_are_swallowed(kind: str) -> None:
+    stage = check(
+        kind,
+        """
+        >> start
+        << start
+        >> audio 100
+        << media 100
+        >> checkpoint a
+        << mark 1
+        >> wait 50
+        >> clear
+        << cut
+        << checkpoint a cleared 50
+        << clear 50 50
+        >> echo 1
+        >> checkpoint a
+        << mark 2
+        >> echo 1
+        >> echo 2
+        << checkpoint a played 0
+        """,
+    )
+    assert stage.session.playout is not None
+    assert 2 == stage.session.playout.stale_echoes
+
+
+def test_what_was_heard_whole_is_played_although_its_echo_is_still_on_the_way(kind: str) -> None:
+    check(
+        kind,
+        """
+        >> start
+        << start
+        >> audio 100
+        << media 100
+        >> checkpoint a
+        << mark 1
+        >> audio 100
+        << media 100
+        >> wait 150
+        >> clear
+        << cut
+        << checkpoint a played 100
+        << clear 50 50
+        """,
+    )
+
+
+def test_a_clear_on_a_line_that_never_played_does_not_bother_the_carrier(kind: str) -> None:
+    check(
+        kind,
+        """
+        >> start
+        << start
+        >> clear
+        << clear 0 0
+        """,
+    )
+
+
+def test_a_lost_echo_is_made_up_by_the_next_one(kind: str) -> None:
+    check(
+        kind,
+        """
+        >> start
+        << start
+        >> audio 20
+        << media 20
+        >> checkpoint a
+        << mark 1
+        >> audio 20
+        << media 20
+        >> checkpoint b
+        << mark 2
+        >> wait 40
+        >> echo 2
+        << checkpoint a played 20
+        << checkpoint b played 20
+        """,
+    )
+
+
+def test_a_mark_that_never_returns_is_taken_as_played_five_seconds_after_it_was_due(kind: str) -> None:
+    stage = check(
+        kind,
+        """
+        >> start
+        << start
+        >> audio 100
+        << media 100
+        >> checkpoint a
+        << mark 1
+        >> wait 5080
+        >> wait 40
+        << checkpoint a played 100
+        """,
+    )
+    assert ["checkpoint_unconfirmed"] == stage.notes
+
+
+def test_checkpoints_still_pending_at_the_end_are_lost(kind: str) -> None:
+    check(
+        kind,
+        """
+        >> start
+        << start
+        >> audio 300
+        << media 240
+        >> checkpoint a
+        >> audio 300
+        >> checkpoint b
+        >> wait 100
+        << media 60
+        << mark 1
+        << media 60
+        >> drop
+        << checkpoint a lost 100
+        << checkpoint b lost 0
+        << stop carrier_closed
+        """,
+    )
+
+
+def test_stop_after_played_ends_when_the_caller_has_heard_it_all(kind: str) -> None:
+    check(
+        kind,
+        """
+        >> start
+        << start
+        >> audio 500
+        << media 240
+        >> checkpoint bye
+        >> stop played
+        >> audio 20
+        << fault stopping None
+        >> audio 20
+        >> checkpoint more
+        << fault stopping c
+        >> wait 400
+        << media 260
+        << mark 1
+        >> wait 90
+        >> wait 20
+        >> echo 1
+        << checkpoint bye played 500
+        << stop service_stop
+        """,
+    )
+
+
+def test_a_clear_after_stop_after_played_ends_at_once(kind: str) -> None:
+    check(
+        kind,
+        """
+        >> start
+        << start
+        >> audio 500
+        << media 240
+        >> stop played
+        >> wait 100
+        << media 120
+        >> clear
+        << cut
+        << clear 100 400
+        << stop service_stop
+        """,
+    )
+
+
+def test_stop_now_ends_at_once(kind: str) -> None:
+    check(
+        kind,
+        """
+        >> start
+        << start
+        >> audio 500
+        << media 240
+        >> stop
+        << stop service_stop
+        """,
+    )
+
+
+def test_flow_is_told_at_half_and_at_a_quarter_and_too_much_is_refused_once(kind: str) -> None:
+    stage = check(
+        kind,
+        """
+        >> start
+        << start
+        >> audio 900
+        << media 240
+        >> audio 900
+        << flow pause
+        >> audio 1000
+        << fault playout_overflow None
+        >> audio 20
+        >> wait 1480
+        << media 1500
+        << flow resume
+        >> audio 20
+        """,
+        capacity_ms=2000,
+    )
+    assert stage.session.playout is not None
+    assert 8 * 580 == stage.session.playout.refused
+
+
+def test_what_the_wire_cannot_say_comes_back_as_a_fault_with_its_ref(kind: str) -> None:
+    stage = Stage(kind)
+    stage.start()
+    stage.events.clear()
+    from gateway.events import Fault, Say
+
+    stage.perform(Say("hello", ref="s1"))
+    (fault,) = stage.events
+    assert isinstance(fault, Fault)
+    assert ("unsupported_command", "s1") == (fault.code, fault.ref)
+    assert "'say'" in fault.message
+
+
+def test_rubbish_is_counted_remarked_once_and_the_call_goes_on(kind: str) -> None:
+    stage = check(
+        kind,
+        """
+        >> start
+        << start
+        >> raw {
+        >> raw [1]
+        >> raw {"event": "media", "media": 7}
+        >> raw {"event": "surprise"}
+        << unknown surprise
+        >> raw {"event": "surprise"}
+        << unknown surprise
+        >> caller 20 @0
+        << heard 20
+        """,
+    )
+    assert 3 == sum(stage.session.bad.values())
+    assert {"surprise": 2} == stage.session.unknown
+    assert 1 == stage.notes.count("unknown_frame")
+    assert len(stage.session.bad) == stage.notes.count("bad_frame")
+
+
+def test_too_much_rubbish_in_too_little_time_ends_the_stream(kind: str) -> None:
+    stage = Stage(kind)
+    stage.start()
+    for _ in range(50):
+        stage.session.receive("{", stage.now)
+    stage.now += 11
+    stage.session.receive("{", stage.now)
+    assert not stage.session.over
+    for _ in range(60):
+        stage.session.receive("{", stage.now)
+    assert stage.session.over
+    assert 1008 == stage.session.close_code
+    assert 1 == sum(type(event).__name__ == "Stop" for event in stage.events)
+
+
+def _start(stage: Stage):  # type: ignore[no-untyped-def]
+    from gateway.events import Start
+
+    return Start("MZ" + "0" * 32, "CA" + "1" * 32, "AC" + "2" * 32, media_format=stage.media_format)
+
+
+def _caller(stage: Stage, at: int):  # type: ignore[no-untyped-def]
+    from gateway.events import Audio
+
+    return Audio(b"\x40" * 160, timestamp_ms=at)
