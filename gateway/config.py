@@ -285,7 +285,7 @@ class _Reader:
                     check(value)
         except (_Wrong, ValueError) as error:
             what, _, hint = str(error).partition("; ")
-            show = node.kind == "scalar" and getattr(error, "show", True)
+            show = node.kind == "scalar" and (node.text or node.tag != "null") and getattr(error, "show", True)
             return self._report(node, path, what, hint, shown=_display(node.text, path) if show else "")
         return value
 
