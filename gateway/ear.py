@@ -356,6 +356,11 @@ class Voice:
             return None
         return self._head_at if not self._active or self._now < self._head_at else self._next_boundary()[0]
 
+    def speaking(self, now: float) -> bool:
+        """The agent is being heard at this moment."""
+        self._run(now)
+        return self._active
+
     def sounding(self, now: float) -> bool:
         """The agent is being heard at this moment, or is about to be."""
         self._run(now)

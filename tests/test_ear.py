@@ -232,9 +232,9 @@ def test_an_interrupt_tells_the_words_of_the_current_piece_and_drops_the_rest() 
     voice.say(Say("One done. Two words here"), 0.0)
     voice.say(Say("Never heard."), 0.0)
     assert [Spoken("One done.")] == voice.advance(1.0)
-    assert [Spoken(" Two"), BargeIn("Two", 700), Speech(Party.AGENT, False)] == voice.interrupt(1.6)
+    assert [Spoken(" Two "), BargeIn("Two", 700), Speech(Party.AGENT, False)] == voice.interrupt(1.6)
     assert voice.advance(99.0) == []
-    assert voice.spoken == "One done. Two"
+    assert voice.spoken == "One done. Two "
 
 
 def test_speech_that_must_not_be_interrupted_goes_on() -> None:
