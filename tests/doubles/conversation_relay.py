@@ -200,12 +200,12 @@ class ConversationRelay(Peer):
         return True
 
     async def digits(self, digits: str) -> bool:
-        """Keys, one message each; during speech the interrupt follows the digit after `dtmf_window`. False when not detected."""
+        """Keys, one message each; during speech the interrupt follows after `dtmf_window`. False when the settings hide any."""
+        hidden = len(self.unreported)
         for digit in digits:
             if not self.dtmf_detection:
                 self.unreported.append(digit)
-                continue
-            if not self._busy():
+            elif not self._busy():
                 await self._tell({"type": "dtmf", "digit": digit})
             elif self._open_to("dtmf"):
                 doomed = [*([self._speaking.run] if self._speaking else []), *self._runs]
@@ -218,7 +218,7 @@ class ConversationRelay(Peer):
                 await self._tell({"type": "dtmf", "digit": digit})
             else:
                 self.unreported.append(digit)
-        return self.dtmf_detection
+        return len(self.unreported) == hidden
 
     async def error(self, description: str) -> None:
         """An `error` of Twilio's own making."""
@@ -254,6 +254,7 @@ class ConversationRelay(Peer):
     async def _agent(self, on: bool) -> None:
         if on != self._agent_on:
             self._agent_on = on
+            self.changed()
             await self.info("agentSpeaking", "on" if on else "off")
 
     def _cut(self) -> tuple[str, int]:

@@ -156,6 +156,7 @@ class Peer:
         self.close_reason = ""
         self.closed = asyncio.Event()
         self._changed = asyncio.Event()
+        self._watchers: list[Callable[[], None]] = []
         self._sending = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self._group = asyncio.TaskGroup()
@@ -279,18 +280,33 @@ class Peer:
     # Waiting.
 
     def changed(self) -> None:
+        for look in self._watchers:
+            with suppress(Exception):
+                look()
         self._changed.set()
 
     async def until(self, condition: Callable[[], object], timeout: float = 5.0) -> None:  # noqa: ASYNC109 - a deadline with a message
-        """Wait until the condition holds; AssertionError with the state so far when it does not in time."""
+        """Wait until the condition held, if only for a moment; AssertionError with the state so far when it does not in time."""
+        held = asyncio.Event()
+
+        def look() -> None:
+            if condition():
+                held.set()
+
         deadline = self.now() + timeout
-        while not condition():
-            left = deadline - self.now()
-            if left <= 0:
-                raise AssertionError(f"not in {timeout} s; violations {self.violations}, received {self.received[-5:]!r}")
-            self._changed.clear()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), min(left, 0.02))
+        self._watchers.append(look)
+        try:
+            look()
+            while not held.is_set():
+                left = deadline - self.now()
+                if left <= 0:
+                    raise AssertionError(f"not in {timeout} s; violations {self.violations}, received {self.received[-5:]!r}")
+                self._changed.clear()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), min(left, 0.02))
+                look()
+        finally:
+            self._watchers.remove(look)
 
     async def wait_closed(self, timeout: float = 5.0) -> int:  # noqa: ASYNC109
         """The close code the gateway gave (1006: none)."""
