@@ -1,0 +1,69 @@
+"""What several test files need: a running gateway, and speech."""
+
+from __future__ import annotations
+
+import json
+import wave
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from importlib.resources import files
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import structlog
+
+from gateway import config
+from gateway.cli import make_server
+from gateway.server import Server
+
+Launch = Callable[..., Awaitable[Server]]
+
+
+@pytest.fixture
+async def launch() -> AsyncIterator[Launch]:
+    """`await launch(services={…}, routes=[…], **options)` runs a gateway with every provider until the test ends."""
+    servers: list[Server] = []
+
+    async def start(
+        *,
+        services: dict[str, object] | None = None,
+        routes: list[object] | None = None,
+        providers: dict[str, object] | None = None,
+        **options: object,
+    ) -> Server:
+        services = services or {"echo": {"kind": "echo"}}
+        document = {
+            "listen": "127.0.0.1:0",
+            "providers": providers
+            or {
+                "twilio": {"kind": "twilio_media_streams", "auth": "none"},
+                "relay": {"kind": "twilio_conversation_relay", "auth": "none"},
+                "plivo": {"kind": "plivo_audio_streaming", "auth": "none"},
+            },
+            "services": services,
+            "routes": routes or [{"service": next(iter(services))}],
+            **options,
+        }
+        server = make_server(config.parse(json.dumps(document)))
+        await server.start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        await server.stop()
+
+
+@pytest.fixture
+def log() -> Iterator[list[structlog.typing.EventDict]]:
+    """Everything that is logged while the test runs."""
+    with structlog.testing.capture_logs() as entries:
+        yield entries  # type: ignore[misc]
+
+
+def bundled_speech() -> npt.NDArray[np.int16]:
+    """The clip that ships with the package: 16-bit samples at 8 kHz."""
+    (path,) = (entry for entry in files("gateway").joinpath("speech").iterdir() if entry.name.endswith(".wav"))
+    with path.open("rb") as file, wave.open(file) as clip:  # type: ignore[arg-type]
+        assert (1, 2, 8000) == (clip.getnchannels(), clip.getsampwidth(), clip.getframerate())
+        return np.frombuffer(clip.readframes(clip.getnframes()), dtype="<i2")
