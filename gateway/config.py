@@ -326,13 +326,15 @@ class _Reader:
             return self.convert(node, structs[0], path) if len(structs) == 1 else self._tagged(node, structs, path)
         if lists and (node.kind == "sequence" or not rest):
             return self.convert(node, lists[0], path)
-        for want in rest[:-1]:  # several scalars: the first that fits, else what the last one says
+        if len(rest) == 1:
+            return self.convert(node, rest[0], path)
+        self._resolve(node, path)  # so that a missing variable is told as such
+        for want in rest:
             attempt = _Reader(_Findings(""), self._environ)
             value = attempt.convert(node, want, path)
-            self._secrets |= attempt._secrets
             if value is not _BAD:
                 return value
-        return self.convert(node, rest[-1], path)
+        raise _Wrong(f"unexpected value; expected {' or '.join(map(_describe, rest))}")
 
     def _tagged(self, node: _Node, structs: Sequence[types.StructType], path: Path_) -> Any:
         by_tag = {str(want.tag): want for want in structs}
@@ -617,7 +619,7 @@ def _describe(want: types.Type) -> str:
     if isinstance(want, types.EnumType):
         return f"one of {', '.join(str(member.value) for member in want.cls if isinstance(member, Enum))}"
     if isinstance(want, types.LiteralType):
-        return f"one of {', '.join(map(str, want.values))}"
+        return f"{'one of ' if len(want.values) > 1 else ''}{', '.join(map(str, want.values))}"
     if isinstance(want, types.StructType):
         return "keys and values"
     if isinstance(want, types.DictType):

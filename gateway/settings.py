@@ -92,9 +92,11 @@ Pattern = Annotated[str, Meta(extra={"check": _pattern})]
 
 
 class ProviderEntry(Struct, frozen=True):
-    """One of `providers`: which carrier protocol, and that protocol's own options.
+    """One of `providers`: which carrier protocol, and that protocol's own options beside it.
 
-    `config` is an instance of `providers.load(kind).Config`; `auth` is `none` where requests are not authenticated.
+    kind: the carrier protocol, one of `telephony-gateway providers`, or the dotted path of a module of your own; required.
+    auth: `none` admits unsigned requests; the only choice in this version, on a loopback `listen`.
+    config: the protocol's own options, an instance of `providers.load(kind).Config`; in a file they stand beside `kind`.
     """
 
     kind: str
@@ -106,7 +108,15 @@ class ProviderEntry(Struct, frozen=True):
 
 
 class WebsocketService(Struct, frozen=True, tag_field="kind", tag="websocket"):
-    """A service behind a WebSocket that the gateway dials once per call."""
+    """A service behind a WebSocket that the gateway dials once per call.
+
+    url: where it listens, ws:// or wss://; required.
+    media_format: encoding, sample_rate in Hz and channels (always 1) of the audio it gets and sends.
+    frame_ms: audio in each binary message that it gets.
+    authorization: bearer token that it is shown; default none.
+    connect_timeout_secs: how long a connection may take to be made.
+    track: what it hears: the caller (`inbound`) or what the caller hears (`outbound`).
+    """
 
     url: Annotated[str, Meta(extra={"check": _service_url})]
     media_format: MediaFormat = MediaFormat(Encoding.PCM_S16LE, 16000)
@@ -121,7 +131,10 @@ class WebsocketService(Struct, frozen=True, tag_field="kind", tag="websocket"):
 
 
 class EchoService(Struct, frozen=True, tag_field="kind", tag="echo"):
-    """The embedded service that sends the caller's audio back, `delay_ms` later."""
+    """The embedded service that sends the caller's audio back.
+
+    delay_ms: how much later.
+    """
 
     delay_ms: Annotated[int, Meta(ge=0, le=60_000)] = 0
 
@@ -130,7 +143,13 @@ Service = WebsocketService | EchoService
 
 
 class Route(Struct, frozen=True):
-    """Calls that match all that is given go to the first of `service`. What is absent matches anything."""
+    """Who takes the calls that fit everything given here; the first route that fits counts.
+
+    service: name of one of `services`; required.
+    provider: name of one of `providers`; default any.
+    called: pattern of the number or SIP URI that was called, `*` any text, `?` one character; default any.
+    caller: pattern of the number or SIP URI that calls; default any.
+    """
 
     service: tuple[str, ...]
     provider: str | None = None
@@ -139,7 +158,20 @@ class Route(Struct, frozen=True):
 
 
 class Settings(Struct, frozen=True):
-    """The whole configuration."""
+    """The whole configuration.
+
+    providers: who may call us: names (they are part of the webhook's URL) and their options; required.
+    services: who listens and speaks: names and their options; required.
+    routes: which service takes which call, a list; required.
+    listen: address and port that carriers reach; port 0 picks a free one.
+    admin: address and port that operators reach; checked, but nothing is served there in this version; default none.
+    public_url: what carriers dial, up to but without the provider's name; default `http://` and `listen`.
+    secret: signs stream tokens, the same on every instance behind `public_url`; checked, not used in this version; default none.
+    start_timeout_secs: how long a stream may take to send its start frame.
+    capacity_ms: audio that may wait to be played to one caller.
+    hold_ms: the caller's first words that are kept while the service is being dialled.
+    log_level: the least severe events that are logged.
+    """
 
     providers: dict[str, ProviderEntry]
     services: dict[str, Service]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import types
@@ -499,3 +500,133 @@ plain: Any = st.recursive(
 def test_any_tree_raises_config_error_or_nothing(tree: dict[str, Any]) -> None:
     survives(yaml.safe_dump(tree, allow_unicode=True))
     survives(yaml.safe_dump(tree, default_flow_style=True))
+
+
+# --- the files in config/ ------------------------------------------------------------------------------------------------
+
+ENVIRON = {"GATEWAY_SECRET": SECRET, "AGENT_TOKEN": SECRET}
+
+
+def sections() -> dict[str, type[msgspec.Struct]]:
+    """Every struct that an operator can fill in, by its heading in the reference."""
+    found: dict[str, type[msgspec.Struct]] = {
+        "The file": Settings,
+        "`providers`: each": ProviderEntry,
+        **{f"`providers`: `kind: {kind}`": providers.load(kind).Config for kind in providers.names()},
+        "`services`: `kind: websocket`": WebsocketService,
+        "`services`: `kind: echo`": EchoService,
+        "`routes`: each": Route,
+    }
+    for struct in [*found.values()]:
+        for inner in sorted(inner_structs(msgspec.inspect.type_info(struct)), key=lambda inner: inner.__name__):
+            if inner not in found.values() and inner is not MediaFormat:
+                found[f"`{inner.__name__}`: each"] = inner
+    return found
+
+
+def inner_structs(want: Any) -> set[type[msgspec.Struct]]:
+    if isinstance(want, (list, tuple)):
+        return set().union(*map(inner_structs, want))
+    if isinstance(want, msgspec.inspect.StructType):
+        return {want.cls}.union(*(inner_structs(field.type) for field in want.fields))
+    if isinstance(want, msgspec.inspect.Type):
+        return inner_structs([getattr(want, name) for name in want.__struct_fields__ if name.endswith(("type", "types"))])
+    return set()
+
+
+def keys_of(struct: type[msgspec.Struct]) -> list[str]:
+    fields = [field.encode_name for field in msgspec.structs.fields(struct)]
+    return [field for field in fields if not (struct is ProviderEntry and field == "config")]
+
+
+def meanings(struct: type[msgspec.Struct]) -> dict[str, str]:
+    """The lines `name: meaning` of a docstring; several names may share one."""
+    found = {}
+    for line in (struct.__doc__ or "").splitlines():
+        names, colon, meaning = line.strip().partition(": ")
+        if colon and re.fullmatch(r"[a-z_]+(, [a-z_]+)*", names):
+            found.update(dict.fromkeys(names.split(", "), meaning))
+    return found
+
+
+def reference() -> str:
+    """The tables of config/README.md."""
+    lines = []
+    for title, struct in sections().items():
+        lines += [f"### {title}", "", "| option | value | default | meaning |", "|---|---|---|---|"]
+        by_name = {field.encode_name: field for field in msgspec.structs.fields(struct)}
+        told = meanings(struct)
+        for key in keys_of(struct):
+            field = by_name[key]
+            meaning, _, default = told[key].rstrip(".").replace("default: ", "default ").partition("; default ")
+            meaning, _, condition = meaning.partition("; required")
+            if field.required or condition:
+                default = f"required{condition}"
+            elif field.default not in (msgspec.NODEFAULT, None, ""):
+                default = f"`{json.dumps(field.default, default=str)}`".replace('"', "")
+            cells = [f"`{key}`", config._describe(msgspec.inspect.type_info(field.type)), default, meaning]
+            lines.append(f"| {' | '.join(cell.replace('|', '&#124;').replace('<', '&lt;') for cell in cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+README = ROOT / "config" / "README.md"
+BEGIN, END = "<!-- reference: begin (written by `python -m tests.test_config`) -->\n", "<!-- reference: end -->"
+
+
+def with_reference(text: str) -> str:
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{reference()}\n{END}{rest.split(END)[1]}"
+
+
+def test_the_reference_has_every_option_as_the_code_has_it() -> None:
+    assert with_reference(README.read_text()) == README.read_text(), "run `python -m tests.test_config`"
+
+
+def test_the_shortest_file_in_the_readme_loads() -> None:
+    (example,) = re.findall("```yaml\n(.*?)```", README.read_text(), re.DOTALL)
+
+    assert len(example.splitlines()) == 3
+    parse(example)
+
+
+def test_the_development_configuration_needs_nothing() -> None:
+    settings = config.load(ROOT / "config" / "gateway.dev.yaml", environ={})
+
+    assert sorted(entry.kind for entry in settings.providers.values()) == providers.names()
+    assert settings.services == {"echo": EchoService()}
+    assert len(settings.routes) == 1
+
+
+def test_the_example_loads() -> None:
+    settings = config.load(ROOT / "config" / "gateway.example.yaml", environ=ENVIRON)
+
+    assert {entry.kind for entry in settings.providers.values()} == {*providers.names()}
+
+
+def test_the_example_has_every_option() -> None:
+    text = (ROOT / "config" / "gateway.example.yaml").read_text()
+    tree = yaml.safe_load(text)
+    instead_of_auth = {"auth_token"}
+
+    assert {*tree} == {*keys_of(Settings)}
+    for kind in providers.names():
+        entries = [entry for entry in tree["providers"].values() if entry["kind"] == kind]
+        wanted = {*keys_of(ProviderEntry), *keys_of(providers.load(kind).Config)}
+        assert set().union(*entries) == wanted - instead_of_auth
+        for alternative in wanted & instead_of_auth:
+            block = text[text.index(f"kind: {kind}") :]
+            assert f"# {alternative}: " in block[: block.index("kind:", 10)]
+    for service in (WebsocketService, EchoService):
+        (entry,) = [entry for entry in tree["services"].values() if entry["kind"] == service.__struct_config__.tag]
+        assert {*entry} == {"kind", *keys_of(service)}
+    assert set().union(*tree["routes"]) == {*keys_of(Route)}
+    for struct in sections().values():
+        for key in keys_of(struct):
+            assert re.search(rf"(?m)(^ *|[{{,#-] ){key}:", text), key
+    for key in keys_of(MediaFormat):
+        assert re.search(rf"[{{ ]{key}: ", text), key
+
+
+if __name__ == "__main__":
+    README.write_text(with_reference(README.read_text()))
