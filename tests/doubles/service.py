@@ -191,6 +191,7 @@ class RecordingService:
 
     `subprotocol`: the one to answer, offered or not; None for none; a function of the offered list to choose.
     `script`: run once per connection beside the reading. `refuse`: HTTP statuses for the first handshakes, then it accepts.
+    `offers`: the subprotocols the gateway must offer.
     """
 
     def __init__(
@@ -202,7 +203,9 @@ class RecordingService:
         handshake_delay: float = 0.0,
         small_buffers: bool = False,
         port: int = 0,
+        offers: tuple[str, ...] = (RAW, FRAMED),
     ) -> None:
+        self.offers = list(offers)
         self.subprotocol, self.script = subprotocol, script
         self.refusals = [refuse] * 10**6 if isinstance(refuse, int) else list(refuse or [])
         self.handshake_delay, self.small_buffers, self.port = handshake_delay, small_buffers, port
@@ -276,8 +279,8 @@ class RecordingService:
             connection.chosen = chosen  # type: ignore[attr-defined]
             if chosen is not None:
                 response.headers["Sec-WebSocket-Protocol"] = chosen
-            if offered != [RAW, FRAMED]:
-                self.ledger.add(f"handshake: offered {offered}, not [{RAW}, {FRAMED}]")
+            if offered != self.offers:
+                self.ledger.add(f"handshake: offered {offered}, not {self.offers}")
             if "Sec-WebSocket-Extensions" in request.headers:
                 self.ledger.add("handshake: an extension offered")
         return response
