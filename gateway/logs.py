@@ -160,6 +160,8 @@ def _text(value: Any) -> str:
 
 
 def _scrub(text: str) -> str:
+    if text.isidentifier():
+        return text  # one plain word: none of the patterns can be in it
     text = _NUMBER.sub(lambda found: mask_number(found[0].replace("%2B", "+").replace("%2b", "+")), text)
     text = _CREDENTIAL.sub(lambda found: f"{found[1] + ' ' if found[1] else found[2]}{_MASK}", text)
     return _ASSIGNED.sub(rf"\1{_MASK}", text)
