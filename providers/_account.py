@@ -52,7 +52,7 @@ def check_lead(lead_ms: int | None, ceiling_ms: int) -> Problems:
 def check_mode(mode: str, track: str, then: str, after: str) -> Problems:
     """The options fit the direction of the stream."""
     if mode == "listen":
-        if not then:
+        if not then.strip():
             yield "mode: listen needs `then`, such as <Dial>…</Dial>: with no next element the call ends at once"
         if after:
             yield "after: has no effect with `mode: listen`; what runs meanwhile goes into `then`"

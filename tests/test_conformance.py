@@ -1,0 +1,427 @@
+"""The laws of a provider, for every name in the registry: the two halves of each protocol plugged together."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, get_args
+from xml.parsers import expat
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import providers
+from gateway.errors import MalformedFrame, NotStarted, SignatureMismatch, UnsupportedCommand
+from gateway.events import (
+    COMMAND_NAMES,
+    Audio,
+    BargeIn,
+    Checkpoint,
+    Clear,
+    Command,
+    Dtmf,
+    Event,
+    Fault,
+    Flow,
+    FlowState,
+    Gap,
+    Language,
+    Message,
+    Outcome,
+    Party,
+    Play,
+    Say,
+    Speech,
+    Spoken,
+    Start,
+    Stop,
+    StopReason,
+    Transcript,
+    Unknown,
+)
+from gateway.media import MULAW_8K, MediaFormat, Track
+from gateway.provider import Call, Codec, Dial, SignedRequest
+
+every_provider = pytest.mark.parametrize("kind", providers.names())
+
+CALL = Call("CA0001", "+15550100001", "+15550100002", "inbound", "AC0001")
+STREAM_URL = "wss://voice.example.com/twilio/stream/k3"
+
+EVENTS: dict[type[Message], list[Event]] = {
+    Start: [],  # told by `started`
+    Audio: [Audio(bytes(range(160)), timestamp_ms=40), Audio(b"\0\1", timestamp_ms=2**41)],
+    Dtmf: [Dtmf(key) for key in "0123456789*#"],
+    Checkpoint: [Checkpoint(name, Outcome.PLAYED) for name in ("a", "g1:160", 'quote " back \\ ünïcode \U0001f600', "7")],
+    Clear: [Clear()],
+    Transcript: [Transcript("Where is", False, "en-US"), Transcript("", True, "")],
+    BargeIn: [BargeIn("Your order", 702), BargeIn()],
+    Speech: [Speech(who, active) for who in Party for active in (True, False)],
+    Spoken: [Spoken(" Holding. "), Spoken("1w2")],
+    Gap: [Gap(40)],
+    Flow: [Flow(FlowState.PAUSE, 60_000)],
+    Fault: [Fault(code, "why") for code in ("carrier_error", "incorrectPayload", "playFailed", "error")],
+    Unknown: [Unknown("surprise")],
+    Stop: [Stop(StopReason.CALLER_HANGUP)],
+}
+COMMANDS: dict[type[Message], list[Command]] = {
+    Audio: [Audio(bytes(320)), Audio(bytes(range(256)) * 400)],
+    Dtmf: [Dtmf("12#"), Dtmf("0*")],
+    Checkpoint: [Checkpoint("a"), Checkpoint('quote " back \\ ünïcode \U0001f600')],
+    Clear: [Clear()],
+    Say: [Say("Hello", False), Say("", True, "de-DE", True, False), Say("ünïcode", interruptible=False, preemptible=True)],
+    Play: [Play("https://media.example.com/a.mp3"), Play("https://media.example.com/a.mp3", 0, True, False)],
+    Language: [Language("de-DE"), Language(None, "de-DE"), Language("de-DE", "fr-FR")],
+    Stop: [Stop(), Stop(handoff="{}")],
+}
+
+
+def provider_of(kind: str, **config: Any) -> Any:
+    provider = providers.load(kind)
+    return provider(provider.Config(**{"auth": "none"} | config))  # type: ignore[arg-type]
+
+
+def webhook(kind: str, call: Call = CALL) -> SignedRequest:
+    request = providers.load(kind).webhook(call, "https://voice.example.com/p/answer")
+    return SignedRequest(request.method, request.url, request.headers, form=request.form)
+
+
+def dialled(kind: str, provider: Any, call: Call = CALL) -> Dial:
+    return providers.load(kind).dial(provider.answer(webhook(kind, call), STREAM_URL).body)
+
+
+def started(kind: str, **config: Any) -> tuple[Codec, Any, Start]:
+    """Both halves after the start that this carrier sends when it has read our answer; and what our half made of it."""
+    provider = provider_of(kind, **config)
+    dial = dialled(kind, provider)
+    tracks = tuple(Track(track) for track in dial.tracks)
+    told = Start("ST0001", CALL.call_id, CALL.account_id, CALL.caller, CALL.called, CALL.direction, dial.media_format, tracks)
+    codec, carrier = provider.codec(), providers.load(kind).carrier()
+    told = Start(**{name: getattr(told, name) for name in told.__struct_fields__} | {"parameters": dict(dial.parameters)})
+    [start] = [event for frame in carrier.encode(told) for event in codec.decode(frame)]
+    assert isinstance(start, Start)
+    return codec, carrier, start
+
+
+def test_samples_cover_both_unions() -> None:
+    """A new event or command without a sample here is red."""
+    assert set(EVENTS) == set(get_args(Event))
+    assert set(COMMANDS) == set(get_args(Command)) == set(COMMAND_NAMES)
+
+
+@every_provider
+def test_a_call_becomes_a_start(kind: str) -> None:
+    """Webhook, answer, dial, start: who calls whom survives the way, and nothing of ours stays among the parameters."""
+    codec, _, start = started(kind, parameters={"token": "k3 & more"})
+    call = provider_of(kind).call(webhook(kind))
+    assert (start.stream_id, start.call_id, start.account_id) == ("ST0001", CALL.call_id, CALL.account_id)
+    assert (start.caller, start.called, start.direction) == (call.caller, call.called, call.direction)
+    assert start.caller.removeprefix("+") == CALL.caller.removeprefix("+")
+    assert start.parameters == {"token": "k3 & more"}
+    assert start.accepts == tuple(sorted(COMMAND_NAMES[command] for command in codec.accepts))
+
+
+@every_provider
+@pytest.mark.parametrize("direction", ["inbound", "outbound"])
+def test_webhook_is_read_as_the_same_call(kind: str, direction: str) -> None:
+    call = Call("CA7", "15550100001", "15550100002", direction, "AC7")
+    assert provider_of(kind).call(webhook(kind, call)) == call
+
+
+@every_provider
+def test_webhook_without_a_call_is_malformed(kind: str) -> None:
+    with pytest.raises(MalformedFrame, match="missing_field"):
+        provider_of(kind).call(SignedRequest("POST", "https://voice.example.com/p/answer", form={"From": "+1"}))
+
+
+@every_provider
+def test_every_event_survives_the_wire(kind: str) -> None:
+    """What the carrier half tells is what our half hears; events outside `emits` put nothing on the wire."""
+    emits = providers.load(kind).emits
+    for event_type, events in EVENTS.items():
+        for event in events:
+            codec, carrier, _ = started(kind)
+            frames = list(carrier.encode(event))
+            heard = [each for frame in frames for each in codec.decode(frame)]
+            if event_type not in emits:
+                assert frames == [], event
+            elif isinstance(event, Fault) and frames:  # the code may be the codec's own word
+                assert [each.message for each in heard if isinstance(each, Fault)] == [event.message]
+            elif frames:
+                assert heard == [event], event
+            else:  # a carrier's own choice, such as Plivo's undocumented stop
+                assert isinstance(event, Stop | Fault), event
+
+
+@every_provider
+def test_every_emitted_event_has_a_frame(kind: str) -> None:
+    _, carrier, _ = started(kind)
+    emits, says_stop = providers.load(kind).emits, carrier.habits.says_stop
+    told = {type(event) for events in EVENTS.values() for event in events if list(carrier.encode(event))}
+    assert told | {Start} == emits - (set() if says_stop else {Stop})
+
+
+@every_provider
+def test_every_accepted_command_survives_the_wire(kind: str) -> None:
+    """What our half writes is text that the carrier reads as the same command; long audio in several frames, no byte lost."""
+    codec, carrier, _ = started(kind)
+    for command_type in codec.accepts:
+        for command in COMMANDS[command_type]:
+            frames = list(codec.encode(command))
+            assert all(isinstance(frame, str) and len(frame) < 60_000 for frame in frames)
+            read = [each for frame in frames for each in carrier.decode(frame)]
+            if isinstance(command, Audio):
+                assert b"".join(each.payload for each in read) == command.payload
+            elif frames:
+                assert read == [command]
+            else:
+                assert isinstance(command, Stop | Checkpoint)
+
+
+@every_provider
+def test_what_is_not_accepted_is_refused(kind: str) -> None:
+    """Never ignored in silence; the sentence names the command. Only Stop is always possible: by closing the socket."""
+    for mode in ({}, {"mode": "listen", "then": "<Hangup/>"}):
+        if mode and not hasattr(provider_of(kind)._config, "mode"):
+            continue
+        codec, _, _ = started(kind, **mode)
+        assert mode == {} or codec.accepts == frozenset()
+        for command_type, name in COMMAND_NAMES.items():
+            if command_type not in codec.accepts and command_type is not Stop:
+                for command in COMMANDS[command_type]:
+                    with pytest.raises(UnsupportedCommand, match=name):
+                        list(codec.encode(command))
+
+
+@every_provider
+def test_nothing_is_sent_before_the_start(kind: str) -> None:
+    """Every command that needs a frame is refused while the stream has no name."""
+    codec, carrier = provider_of(kind).codec(), providers.load(kind).carrier()
+    for command_type in codec.accepts - {Stop}:
+        with pytest.raises(NotStarted):
+            list(codec.encode(COMMANDS[command_type][0]))
+    with pytest.raises(NotStarted):
+        list(carrier.encode(Dtmf("1")))
+
+
+@every_provider
+def test_a_second_start_is_ignored_or_malformed(kind: str) -> None:
+    codec, _, start = started(kind)
+    again = Start(start.stream_id, start.call_id, media_format=start.media_format)
+    other = Start("ST0002", start.call_id, media_format=start.media_format)
+    assert [event for frame in providers.load(kind).carrier().encode(again) for event in codec.decode(frame)] == []
+    with pytest.raises(MalformedFrame, match="second_start"):
+        [event for frame in providers.load(kind).carrier().encode(other) for event in codec.decode(frame)]
+
+
+@every_provider
+def test_streams_do_not_share_state(kind: str) -> None:
+    """A fresh codec knows nothing of the stream before it."""
+    provider = provider_of(kind)
+    for stream_id in ("ST1", "ST2"):
+        codec, carrier = provider.codec(), provider.carrier()
+        start = Start(stream_id, "CA1", media_format=dialled(kind, provider).media_format)
+        [heard] = [event for frame in carrier.encode(start) for event in codec.decode(frame)]
+        assert isinstance(heard, Start)
+        assert heard.stream_id == stream_id
+
+
+@every_provider
+def test_only_open_accounts_let_anybody_in(kind: str) -> None:
+    """Fails closed: with a token, an unsigned request is refused."""
+    provider_of(kind).authenticate(webhook(kind))
+    for token in ("s3cret", ["s3cret", "older"]):
+        with pytest.raises(SignatureMismatch):
+            provider_of(kind, auth=None, auth_token=token).authenticate(webhook(kind))
+
+
+@every_provider
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"auth": None},
+        {"auth": "none", "auth_token": "t"},
+        {"auth": None, "auth_token": ""},
+        {"auth": None, "auth_token": []},
+        {"auth": None, "auth_token": ["t", ""]},
+        {"parameters": {"gw_caller": "x"}},
+        {"parameters": {"": "x"}},
+        {"parameters": {"a": "x" * 500}},
+        {"after": "<a>"},
+        {"after": "hello"},
+        {"after": "</Response><Response>"},
+        {"after": "<a/>\ud800"},
+    ],
+)
+def test_impossible_configurations_are_refused(kind: str, config: dict[str, Any]) -> None:
+    """ValueError, each argument `key: sentence`, so that the configuration reader can point at the line."""
+    with pytest.raises(ValueError, match=r"^\w+: .") as refused:
+        provider_of(kind, **config)
+    fields = providers.load(kind).Config.__struct_fields__
+    assert all(str(problem).split(":")[0] in fields for problem in refused.value.args)
+
+
+@every_provider
+def test_every_option_is_documented(kind: str) -> None:
+    """The docstring of a Config has a line for each field: the configuration reference is made from it."""
+    config = providers.load(kind).Config
+    documented = {line.split(":")[0].strip() for line in (config.__doc__ or "").splitlines() if ":" in line}
+    assert set(config.__struct_fields__) <= documented
+
+
+@every_provider
+def test_limits_hold_and_can_be_overridden(kind: str) -> None:
+    limits = provider_of(kind).codec().limits
+    assert 0 < limits.frame_ms <= limits.max_frame_ms <= limits.lead_ms <= limits.ceiling_ms
+    if "lead_ms" in providers.load(kind).Config.__struct_fields__:
+        assert provider_of(kind, lead_ms=400).codec().limits.lead_ms == 400
+        for lead_ms in (0, limits.ceiling_ms + 1):
+            with pytest.raises(ValueError, match="lead_ms"):
+                provider_of(kind, lead_ms=lead_ms)
+
+
+# --- properties at the edges ---------------------------------------------------------------------------------------------
+
+any_text = st.text(st.characters(exclude_categories=()), max_size=60)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | any_text | st.sampled_from(["inbound", "/w==", "ST0001", "1"]),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(any_text, values, max_size=3),
+    max_leaves=8,
+)
+
+
+def frames_of(kind: str) -> list[str]:
+    """One frame of each message in both directions."""
+    codec, carrier, _ = started(kind)
+    told = [frame for events in EVENTS.values() for event in events for frame in carrier.encode(event)]
+    sent = [frame for command_type in codec.accepts for frame in codec.encode(COMMANDS[command_type][0])]
+    start = providers.load(kind).carrier().encode(Start("ST0001", "CA1", media_format=format_of(kind)))
+    return [*start, *told, *sent]
+
+
+def format_of(kind: str) -> MediaFormat | None:
+    return dialled(kind, provider_of(kind)).media_format
+
+
+FRAMES = {kind: frames_of(kind) for kind in providers.names()}
+
+
+def only_malformed(kind: str, frame: str | bytes) -> None:
+    """Both halves, before and after the start."""
+    for codec, carrier in ((provider_of(kind).codec(), providers.load(kind).carrier()), started(kind)[:2]):
+        for decode in (codec.decode, carrier.decode):
+            refusal: MalformedFrame | None = None
+            events: list[Event | Command] = []
+            try:
+                events = list(decode(frame))
+            except MalformedFrame as error:
+                refusal = error
+            if refusal is not None:
+                assert 0 < len(refusal.reason) <= 24
+                assert len(str(refusal)) < 1000
+            for event in events:
+                assert not isinstance(event, Unknown) or len(event.kind) <= 64
+                assert not isinstance(event, Fault) or len(event.message) <= 500
+
+
+@every_provider
+@given(st.data())
+def test_mutated_frames_are_malformed_at_worst(kind: str, data: st.DataObject) -> None:
+    """Characters replaced, cut, doubled."""
+    frame = data.draw(st.sampled_from(FRAMES[kind]).filter(lambda text: len(text) < 2000))
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(frame)))
+        end = data.draw(st.integers(start, min(len(frame), start + 20)))
+        frame = frame[:start] + data.draw(any_text) + frame[end:]
+    only_malformed(kind, frame)
+
+
+@every_provider
+@given(st.data())
+def test_frames_with_foreign_values_are_malformed_at_worst(kind: str, data: st.DataObject) -> None:
+    """Any value of any type in any place of a real frame."""
+    frame = json.loads(data.draw(st.sampled_from(FRAMES[kind])))
+    owner = frame
+    while True:
+        name = data.draw(st.sampled_from(sorted(owner)))
+        if not isinstance(owner[name], dict) or not owner[name] or data.draw(st.booleans()):
+            break
+        owner = owner[name]
+    owner[name] = data.draw(json_values)
+    only_malformed(kind, json.dumps(frame))
+
+
+@every_provider
+@given(frame=any_text | st.binary(max_size=60))
+@example("[" * 100_000)
+@example('{"a":' * 50_000)
+@example('{"event":"media","media":' * 1)
+@example('{"event":"media","media":{"payload":"/w==","timestamp":' + "9" * 50_000 + "}}")
+@example('{"event":"media","media":{"payload":"/w==","timestamp":"' + "9" * 50_000 + '"}}')
+@example('{"event":"media","media":{"payload":"\ud800"}}')
+@example('{"event":"\\ud800"}')
+@example('{"event":"start","extra_headers":' + '{"a":' * 20_000)
+@example(
+    '{"event":"start","start":{"callId":"a","streamId":"b"},"extra_headers":"' + '{\\"a\\":' * 20_000 + '"}',
+)
+@example('{"type":"info","name":"tokensPlayed","value":' + "[" * 500 + "]" * 500 + "}")
+@example('{"type":"info","name":"tokensPlayed","value":' + "9" * 5000 + "}")
+@example('{"type":"prompt","voicePrompt":"\\ud800","last":true}')
+@example(b"\xff")
+@example(b"")
+@example("")
+def test_any_frame_is_malformed_at_worst(kind: str, frame: str | bytes) -> None:
+    only_malformed(kind, frame)
+
+
+@every_provider
+@given(text=any_text, url=any_text, caller=any_text)
+@example("]]>\0\v￾\ud800\r\n\t&<>\"'", "wss://h/\0?a=1&b=<2>", "sip:\0\ud800;a=b,c@h")
+def test_answers_are_well_formed_for_every_string(kind: str, text: str, url: str, caller: str) -> None:
+    """Checked by expat, the strictest reader at hand."""
+    options = {"welcome_greeting": text} if "welcome_greeting" in providers.load(kind).Config.__struct_fields__ else {}
+    provider = provider_of(kind, parameters={"p": text}, **options)
+    call = Call("CA1", caller, text, "outbound")
+    body = provider.answer(webhook(kind, call), url).body
+    expat.ParserCreate().Parse(body.encode(), True)
+
+
+@every_provider
+@given(st.dictionaries(st.text("abcXYZ019_-", min_size=1, max_size=8), st.text(max_size=12), max_size=3))
+@example({"a": "x=y;z,w %41+ü\U0001f600", "b": " spaces "})
+def test_parameters_arrive_as_they_were_configured(kind: str, parameters: dict[str, str]) -> None:
+    """Through our answer, the carrier's reading and its start frame; only characters that XML can't write are lost."""
+    printable = {name: "".join(filter(lambda char: char >= " " and char not in "￾￿", text)) for name, text in parameters.items()}
+    assert started(kind, parameters=printable)[2].parameters == printable
+
+
+@every_provider
+@pytest.mark.parametrize(
+    "answer",
+    ["", "no xml", "<Response/>", "<Answer/>", '{"json": true}', "<Response><Hangup/></Response>", "<Response>\ud800</Response>"],
+)
+def test_answers_that_start_nothing_are_refused(kind: str, answer: str) -> None:
+    with pytest.raises(MalformedFrame):
+        providers.load(kind).dial(answer)
+
+
+@every_provider
+@pytest.mark.parametrize(
+    "url", ["https://voice.example.com/s", "ws://voice.example.com/s", "/s", "", "wss://", "wss://[::1", "wss://h:x/"]
+)
+def test_urls_that_no_carrier_dials_are_refused(kind: str, url: str) -> None:
+    with pytest.raises(MalformedFrame):
+        providers.load(kind).dial(provider_of(kind).answer(webhook(kind), url).body)
+
+
+@every_provider
+def test_plain_websockets_are_dialled_on_loopback_only(kind: str) -> None:
+    for url in ("ws://127.0.0.1:8080/p/stream/k3", "ws://localhost/s", "ws://[::1]:80/s"):
+        assert providers.load(kind).dial(provider_of(kind).answer(webhook(kind), url).body).url == url
+
+
+def test_media_formats_of_answers_are_what_the_streams_carry() -> None:
+    assert {kind: format_of(kind) for kind in providers.names()} == {
+        "plivo_audio_streaming": MULAW_8K,
+        "twilio_conversation_relay": None,
+        "twilio_media_streams": MULAW_8K,
+    }
