@@ -536,7 +536,8 @@ class _Reader:
             value = self._environ.get(name, "")
             if not value and reference["default"] is None:
                 state = "is set but empty" if name in self._environ else "is not set"
-                raise _Wrong(f"environment variable {name} {state}; set it, or write ${{{name}:-default}}", show=False)
+                otherwise = "" if _is_secret(path) else f", or write ${{{name}:-default}}"
+                raise _Wrong(f"environment variable {name} {state}; set it{otherwise}", show=False)
             return value or reference["default"] or ""
 
         resolved = _REFERENCE.sub(value_of, text)
