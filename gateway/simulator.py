@@ -263,7 +263,7 @@ class _Line:
         trace.on_request_redirect.append(_no_redirect)
         try:
             async with aiohttp.ClientSession(trace_configs=[trace]) as http:
-                if URL(dial.url).scheme in ("http", "https"):
+                if dial.url.startswith(("http://", "https://")):
                     dial = await self._ask(http, dial)
                 async with await self._connect(http, dial.url) as self._ws:
                     self.report.connected = True
@@ -417,6 +417,8 @@ class _Line:
         left = round(script.hold_secs * 1000 / CHUNK_MS)
         tick = 0
         while chunks or keys or left > 0:
+            if not chunks and not keys:
+                left -= 1
             await asyncio.sleep(max(0.0, begin + tick * CHUNK_MS / 1000 - self._now()))
             if listening and self._may_interrupt(script, self._now() - begin):
                 listening = False
@@ -430,8 +432,7 @@ class _Line:
             if keys and tick >= 25 and tick % 15 == 0:
                 self.report.dtmf_sent += keys[0]
                 await self._tell(Dtmf(keys.popleft()))
-            if not chunks and not keys:
-                left -= 1
+        await asyncio.sleep(max(0.0, begin + tick * CHUNK_MS / 1000 - self._now()))
 
     def _chunks(self, script: _Script, size: int) -> list[bytes]:
         audio = script.audio or b""
