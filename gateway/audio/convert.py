@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
 from gateway.audio import g711
 from gateway.audio.resample import FirResampler, FloatArray, Resampler, resample_whole, resampler
@@ -18,8 +17,8 @@ from gateway.media import Encoding, MediaFormat
 
 _FULL_SCALE = 32768.0
 _UINT8, _INT16, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.int16), np.dtype(np.float32)
-_MULAW_FLOATS = g711.MULAW_DECODED.astype(np.float32)
-_ALAW_FLOATS = g711.ALAW_DECODED.astype(np.float32)
+_take_mulaw = g711.MULAW_DECODED.astype(np.float32).take
+_take_alaw = g711.ALAW_DECODED.astype(np.float32).take
 
 
 class Converter:
@@ -33,20 +32,22 @@ class Converter:
         """Raises ConfigError for a format that can't be converted."""
         _check(source)
         _check(target)
-        self._sample_bytes = source.sample_bytes
         self._passthrough = source == target
+        self._sample_bytes = source.sample_bytes
         self._partial = b""  # the first bytes of a sample whose last are still to come
         self._load = _LOADERS[source.encoding]
-        self._encode = _ENCODERS[target.encoding]
-        self._transcode = _TRANSCODERS.get((source.encoding, target.encoding), self._load_and_encode)
+        self._target = target.encoding
+        self._transcode: Callable[[bytes], bytes] | None = None
         self._resampler: Resampler | None = None
         self._fir: FirResampler | None = None
-        if source.sample_rate != target.sample_rate:
+        if source.sample_rate == target.sample_rate:
+            self._transcode = _TRANSCODERS.get((source.encoding, target.encoding))
+        else:
             self._resampler = resampler(source.sample_rate, target.sample_rate)
         if isinstance(self._resampler, FirResampler):
             self._fir = self._resampler
             self._block_bytes = len(self._fir.inlet) * self._sample_bytes
-            self._outlet = _Outlet(self._fir.outlet)
+            self._encode_outlet = _encoder(self._target, self._fir.outlet)
 
     @property
     def passthrough(self) -> bool:
@@ -55,27 +56,29 @@ class Converter:
 
     def convert(self, payload: bytes) -> bytes:
         """All that can be given out now; maybe nothing."""
+        fir = self._fir
+        if fir is not None and len(payload) == self._block_bytes and not fir.filled and not self._partial:
+            self._load(payload, fir.inlet)  # 20 ms: straight through the filter's buffers
+            fir.run()
+            return self._encode_outlet()
         if self._partial or len(payload) % self._sample_bytes:
             payload = self._whole_samples(payload)
         if self._passthrough or not payload:
             return payload
-        if self._resampler is None:
+        if self._transcode is not None:
             return self._transcode(payload)
-        fir = self._fir
-        if (
-            fir is not None and len(payload) == self._block_bytes and not fir.filled
-        ):  # a 20 ms chunk: straight through the buffers
-            self._load(payload, fir.inlet)
-            fir.run()
-            return self._encode(self._outlet)
-        return self._encode(_Outlet(self._resampler.process(self._samples(payload))))
+        samples = np.empty(len(payload) // self._sample_bytes, np.float32)
+        self._load(payload, samples)
+        if self._resampler is not None:
+            samples = self._resampler.process(samples)
+        return _encoder(self._target, samples)()
 
     def flush(self) -> bytes:
         """The end of the last word, which was still in the filter. Afterwards equal to a fresh converter."""
         self._partial = b""
         if self._resampler is None:
             return b""
-        return self._encode(_Outlet(self._resampler.flush()))
+        return _encoder(self._target, self._resampler.flush())()
 
     def reset(self) -> None:
         """Forget everything. Afterwards equal to a fresh converter."""
@@ -88,14 +91,6 @@ class Converter:
         end = len(payload) - len(payload) % self._sample_bytes
         self._partial = payload[end:]
         return payload[:end]
-
-    def _samples(self, payload: bytes) -> FloatArray:
-        samples = np.empty(len(payload) // self._sample_bytes, np.float32)
-        self._load(payload, samples)
-        return samples
-
-    def _load_and_encode(self, payload: bytes) -> bytes:
-        return self._encode(_Outlet(self._samples(payload)))
 
 
 class Reframer:
@@ -132,31 +127,7 @@ def convert_whole(payload: bytes, source: MediaFormat, target: MediaFormat) -> b
         return Converter(source, target).convert(payload)
     samples = np.empty(len(payload) // source.sample_bytes, np.float32)
     _LOADERS[source.encoding](payload[: len(samples) * source.sample_bytes], samples)
-    return _ENCODERS[target.encoding](_Outlet(resample_whole(samples, source.sample_rate, target.sample_rate)))
-
-
-class _Outlet:
-    """Samples on their way out. Encoding overwrites them."""
-
-    def __init__(self, samples: FloatArray) -> None:
-        self.samples = samples
-        self._words = samples.view(np.uint16)[::2]
-        # Arrays of the same length: numpy spends as long on making one number fit as on the samples of a chunk.
-        self._highest = np.full(len(samples), 32767, np.float32)
-        self._lowest = np.full(len(samples), -32768, np.float32)
-        self._rounder = np.full(len(samples), 1.5 * 2**23, np.float32)
-
-    def rounded(self) -> npt.NDArray[np.uint16]:
-        """The nearest 16-bit samples (ties to even), saturated, as two's complement.
-
-        Added to 1.5 * 2**23 a float32 has no bits left below 1, so the sum is rounded as IEEE 754 says, and its low 16 bits
-        are the integer. That costs a fifth of `rint` and a cast.
-        """
-        samples = self.samples
-        np.minimum(samples, self._highest, out=samples)
-        np.maximum(samples, self._lowest, out=samples)
-        np.add(samples, self._rounder, out=samples)
-        return self._words
+    return _encoder(target.encoding, resample_whole(samples, source.sample_rate, target.sample_rate))()
 
 
 def _check(media_format: MediaFormat) -> None:
@@ -169,11 +140,11 @@ def _check(media_format: MediaFormat) -> None:
 
 
 def _load_mulaw(payload: bytes, into: FloatArray) -> None:
-    _MULAW_FLOATS.take(np.frombuffer(payload, _UINT8), None, into, "clip")
+    _take_mulaw(np.frombuffer(payload, _UINT8), None, into, "clip")
 
 
 def _load_alaw(payload: bytes, into: FloatArray) -> None:
-    _ALAW_FLOATS.take(np.frombuffer(payload, _UINT8), None, into, "clip")
+    _take_alaw(np.frombuffer(payload, _UINT8), None, into, "clip")
 
 
 def _load_s16(payload: bytes, into: FloatArray) -> None:
@@ -187,23 +158,34 @@ def _load_f32(payload: bytes, into: FloatArray) -> None:
     into *= _FULL_SCALE
 
 
-def _encode_mulaw(outlet: _Outlet) -> bytes:
-    return g711.MULAW_ENCODED.take(outlet.rounded()).tobytes()
+def _encoder(encoding: Encoding, samples: FloatArray) -> Callable[[], bytes]:
+    """A function that encodes what is in `samples` whenever it is called, and spoils them.
 
+    Samples become integers like this: added to 1.5 * 2**23 a float32 has no bits left below 1, so the sum is rounded as
+    IEEE 754 says (ties to even), and its low 16 bits are the integer in two's complement. That takes a fifth of `rint` and a
+    cast. The bounds are arrays, because numpy spends as long on making one number fit as on the samples of a chunk.
+    """
+    if encoding is Encoding.PCM_F32LE:
 
-def _encode_alaw(outlet: _Outlet) -> bytes:
-    return g711.ALAW_ENCODED.take(outlet.rounded()).tobytes()
+        def encode_float() -> bytes:
+            np.divide(samples, _FULL_SCALE, out=samples)
+            np.add(samples, 0.0, out=samples)  # minus zero becomes zero: its sign would tell how the stream was cut
+            return samples.tobytes()
 
+        return encode_float
 
-def _encode_s16(outlet: _Outlet) -> bytes:
-    return outlet.rounded().tobytes()
+    highest, lowest, rounder = (np.full(len(samples), value, np.float32) for value in (32767, -32768, 1.5 * 2**23))
+    minimum, maximum, add = np.minimum, np.maximum, np.add
+    words = samples.view(np.uint16)[::2]
+    codes = _CODES.get(encoding)
 
+    def encode() -> bytes:
+        minimum(samples, highest, out=samples)
+        maximum(samples, lowest, out=samples)
+        add(samples, rounder, out=samples)
+        return words.tobytes() if codes is None else codes.take(words).tobytes()
 
-def _encode_f32(outlet: _Outlet) -> bytes:
-    samples = outlet.samples
-    samples /= _FULL_SCALE
-    samples += 0.0  # minus zero becomes zero: its sign would tell how the stream was cut
-    return samples.tobytes()
+    return encode
 
 
 _LOADERS: dict[Encoding, Callable[[bytes, FloatArray], None]] = {
@@ -212,12 +194,7 @@ _LOADERS: dict[Encoding, Callable[[bytes, FloatArray], None]] = {
     Encoding.PCM_S16LE: _load_s16,
     Encoding.PCM_F32LE: _load_f32,
 }
-_ENCODERS: dict[Encoding, Callable[[_Outlet], bytes]] = {
-    Encoding.MULAW: _encode_mulaw,
-    Encoding.ALAW: _encode_alaw,
-    Encoding.PCM_S16LE: _encode_s16,
-    Encoding.PCM_F32LE: _encode_f32,
-}
+_CODES = {Encoding.MULAW: g711.MULAW_ENCODED, Encoding.ALAW: g711.ALAW_ENCODED}
 _TRANSCODERS: dict[tuple[Encoding, Encoding], Callable[[bytes], bytes]] = {  # one rate, exact by table
     (Encoding.MULAW, Encoding.PCM_S16LE): g711.mulaw_to_pcm16,
     (Encoding.MULAW, Encoding.ALAW): g711.mulaw_to_alaw,

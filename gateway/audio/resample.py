@@ -34,7 +34,7 @@ FloatArray = npt.NDArray[np.float32]
 FIR_RATES = (8000, 16000, 24000, 48000)
 """Between any two of these the resampler is our own filter."""
 
-_ROWS = 8  # rows of one product: 2.5 ms each
+_ROWS = 20  # rows of one product: 1 ms each, the fastest that was measured
 _BLOCKS_PER_SECOND = 50
 
 
@@ -85,6 +85,7 @@ class FirResampler:
         width, row_outputs = self._taps.shape
         self._windows = np.lib.stride_tricks.sliding_window_view(self._line, width)[:: self._block // _ROWS]
         self._rows = np.empty((_ROWS, width), np.float32)
+        self._dot = self._rows.dot  # the method: `np.dot` asks its arguments first whether they are arrays
         self._product = np.empty((_ROWS, row_outputs), np.float32)
         self.outlet = self._product.reshape(-1)
         self.filled = 0  # samples of this block so far
@@ -94,7 +95,7 @@ class FirResampler:
         """From a whole block in `inlet` to `outlet`. Only while `filled` is 0."""
         self._idle = False
         self._rows[:] = self._windows
-        self._rows.dot(self._taps, self._product)
+        self._dot(self._taps, self._product)
         self._head[:] = self._tail
 
     def process(self, samples: FloatArray) -> FloatArray:
@@ -109,7 +110,7 @@ class FirResampler:
             self.inlet[self.filled : filled] = samples[read : read + filled - self.filled]
             read += filled - self.filled
             self._rows[:] = self._windows
-            self._rows.dot(self._taps, self._product)
+            self._dot(self._taps, self._product)
             piece = self.outlet[self._outputs(self.filled) : self._outputs(filled)]
             result[written : written + len(piece)] = piece
             written += len(piece)
