@@ -471,7 +471,7 @@ class Provider:
             "audioTrack": None if converse else config.track,
             "contentType": _plivo.content_type(config.media_format),  # always: two pages disagree about the default
             "streamTimeout": config.stream_timeout_secs,
-            "extraHeaders": _plivo.write_headers(_account.facts(self.call(request)) | config.parameters) or None,
+            "extraHeaders": _plivo.write_headers(config.parameters | _account.facts(self.call(request))) or None,
             "noiseCancellation": True if config.noise_cancellation else None,
             "noiseCancellationLevel": config.noise_cancellation_level,
         }

@@ -1,0 +1,54 @@
+"""What only Media Streams has: the shape of the hot frame, its bound, and one counter over everything."""
+
+from __future__ import annotations
+
+import json
+
+from gateway.events import Audio, Checkpoint, Clear, Dtmf, Outcome, Start, Stop
+from gateway.media import Track
+from providers.twilio_media_streams import Carrier, Provider, Settings
+
+
+def test_media_frames_have_no_member_too_many_for_any_stream_id() -> None:
+    """The prefix is made once, by the JSON encoder: an id with quotes can't break out of it."""
+    for stream_id in ("MZ1", 'M"Z\\1', "MZ\u00fc"):
+        codec, carrier = Provider(Settings(auth="none")).codec(), Carrier()
+        for frame in carrier.encode(Start(stream_id, "CA1")):
+            list(codec.decode(frame))
+        [frame] = codec.encode(Audio(b"\xff\x7f\x00"))
+        assert json.loads(frame) == {"event": "media", "streamSid": stream_id, "media": {"payload": "/38A"}}
+        assert list(codec.encode(Audio(b""))) == []
+
+
+def test_long_audio_is_cut_at_200_ms() -> None:
+    codec, carrier = Provider(Settings(auth="none")).codec(), Carrier()
+    for frame in carrier.encode(Start("MZ1", "CA1")):
+        list(codec.decode(frame))
+    sizes = [len(command.payload) for frame in codec.encode(Audio(bytes(3300))) for command in carrier.decode(frame)]
+    assert sizes == [1600, 1600, 100]
+
+
+def test_one_counter_over_everything_and_one_over_all_media() -> None:
+    """Sequence numbers begin with the start; chunks count both tracks; time goes on by itself where none is given."""
+    carrier = Carrier()
+    connected, start = (json.loads(frame) for frame in carrier.encode(Start("MZ1", "CA1")))
+    assert "sequenceNumber" not in connected
+    assert "streamSid" not in connected
+    events = [Audio(bytes(160), timestamp_ms=57), Audio(bytes(160)), Audio(bytes(160), Track.OUTBOUND), Dtmf("12"), Stop()]
+    events.insert(3, Checkpoint("a", Outcome.PLAYED))
+    frames = [start, *(json.loads(frame) for event in events for frame in carrier.encode(event))]
+    assert [frame["sequenceNumber"] for frame in frames] == [str(number) for number in range(1, 9)]
+    media = [frame["media"] for frame in frames if frame["event"] == "media"]
+    assert [(each["chunk"], each["timestamp"], each["track"]) for each in media] == [
+        ("1", "57", "inbound"),
+        ("2", "77", "inbound"),
+        ("3", "0", "outbound"),
+    ]
+
+
+def test_marks_of_a_clear_are_echoed_and_lost_ones_are_not() -> None:
+    """Twilio says nothing about a clear; every mark that was cut comes back just as if it had played."""
+    carrier = Carrier()
+    list(carrier.encode(Start("MZ1", "CA1")))
+    assert [len(list(carrier.encode(Checkpoint("a", outcome)))) for outcome in Outcome] == [1, 1, 0]
+    assert list(carrier.encode(Clear())) == []
