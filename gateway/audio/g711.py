@@ -31,7 +31,7 @@ def _decoded_alaw() -> Samples:
 
 def _encoded_mulaw() -> Codes:
     sample = _every_sample() // 4
-    biased = np.minimum(np.abs(sample), 8159) + 33
+    biased: npt.NDArray[np.int64] = np.minimum(np.abs(sample) + 33, 8191)
     segment: npt.NDArray[np.int64] = np.searchsorted([0x3F, 0x7F, 0xFF, 0x1FF, 0x3FF, 0x7FF, 0xFFF], biased)
     code = segment << 4 | biased >> (segment + 1) & 15
     return (code ^ np.where(sample < 0, 0x7F, 0xFF)).astype(np.uint8)

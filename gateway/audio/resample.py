@@ -141,7 +141,7 @@ class FirResampler:
 class SoxrResampler:
     """Between any two rates, by soxr's variable-rate engine: the only one of its streams whose delay is constant.
 
-    The delay depends on the rates, 5 to 30 ms; m samples in and a flush give `round(m * target / source)` out.
+    The delay depends on the rates, 5 to 36 ms; m samples in and a flush give `m * target / source` out, rounded.
     """
 
     def __init__(self, source_rate: int, target_rate: int) -> None:
