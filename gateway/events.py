@@ -90,7 +90,7 @@ class Dtmf(Message, frozen=True):
     """Up: keys pressed. Down: send digits (`0-9 * # A-D`, and `w` for a pause where the carrier knows it)."""
 
     digits: str
-    ref: str | None = None
+    ref: str | int | None = None
 
 
 class Checkpoint(Message, frozen=True):
@@ -102,7 +102,7 @@ class Checkpoint(Message, frozen=True):
     name: str
     outcome: Outcome | None = None
     played_ms: int = 0
-    ref: str | None = None
+    ref: str | int | None = None
 
 
 class Clear(Message, frozen=True):
@@ -114,7 +114,7 @@ class Clear(Message, frozen=True):
 
     played_ms: int = 0
     cleared_ms: int = 0
-    ref: str | None = None
+    ref: str | int | None = None
 
 
 class Transcript(Message, frozen=True):
@@ -153,7 +153,7 @@ class Say(Message, frozen=True):
     language: str | None = None
     interruptible: bool | None = None
     preemptible: bool | None = None
-    ref: str | None = None
+    ref: str | int | None = None
 
 
 class Play(Message, frozen=True):
@@ -163,7 +163,7 @@ class Play(Message, frozen=True):
     loop: int = 1
     interruptible: bool | None = None
     preemptible: bool | None = None
-    ref: str | None = None
+    ref: str | int | None = None
 
 
 class Language(Message, frozen=True):
@@ -171,7 +171,7 @@ class Language(Message, frozen=True):
 
     speech: str | None = None
     transcription: str | None = None
-    ref: str | None = None
+    ref: str | int | None = None
 
 
 class Gap(Message, frozen=True):
@@ -194,7 +194,7 @@ class Fault(Message, frozen=True):
 
     code: str
     message: str = ""
-    ref: str | None = None
+    ref: str | int | None = None
 
 
 class Unknown(Message, frozen=True):
@@ -222,7 +222,7 @@ class Stop(Message, frozen=True):
     handoff: str | None = None
     after: After = After.NOW
     account: Account | None = None
-    ref: str | None = None
+    ref: str | int | None = None
 
 
 Event = Start | Audio | Dtmf | Checkpoint | Clear | Transcript | BargeIn | Speech | Spoken | Gap | Flow | Fault | Unknown | Stop

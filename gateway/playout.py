@@ -17,8 +17,8 @@ from gateway.provider import Limits
 CONFIRM_SECS = 5.0
 """A checkpoint that the carrier has not confirmed this long after its due time is taken as played."""
 
-RESIDUE_SECS = 0.02
-"""Less than one frame of audio waits this long for the rest of its frame."""
+RESIDUE_SECS, DRY_SECS = 0.02, 0.01
+"""Less than one frame of audio waits so long for the rest of its frame, but not until the carrier has nearly nothing to play."""
 
 HOLE_SECS, PAUSE_SECS = 0.005, 0.5
 """An underrun is a hole in what was meant to be one piece: longer than a carrier's jitter buffer covers, shorter than a pause."""
@@ -41,6 +41,7 @@ class Playout:
 
     def __init__(self, media_format: MediaFormat, limits: Limits, *, capacity_ms: int) -> None:
         self._format = media_format
+        self.sample_bytes = media_format.sample_bytes
         self._rate = media_format.bytes_per_second
         self._lead = limits.lead_ms / 1000
         self._unit = media_format.bytes_for(limits.frame_ms)
@@ -76,7 +77,7 @@ class Playout:
         room = self._capacity - self.queued_bytes
         refused = len(payload) - room
         if refused > 0:
-            payload = payload[: room - room % self._format.sample_bytes]
+            payload = payload[: room - room % self.sample_bytes]
             self.refused += refused
         if payload:
             self._chunks.append(payload)
@@ -220,7 +221,10 @@ class Playout:
     def _frame_due(self, run: int) -> float:
         due = self._dry_at - self._lead
         if run < self._unit and not self._flushing:
-            due = max(due, self._arrived_at + RESIDUE_SECS)
+            patience = self._arrived_at + RESIDUE_SECS
+            if self._dry_at > self._arrived_at:
+                patience = min(patience, max(self._arrived_at, self._dry_at - DRY_SECS))
+            due = max(due, patience)
         return due
 
     def _position(self, now: float) -> int:
@@ -228,7 +232,7 @@ class Playout:
         if not self._sent:
             return 0
         ahead = int(max(0.0, self._dry_at - now) * self._rate)
-        ahead -= ahead % self._format.sample_bytes
+        ahead -= ahead % self.sample_bytes
         return max(self._heard, self._sent - ahead)
 
     def _played(self, mark: _Mark) -> Checkpoint:

@@ -85,6 +85,7 @@ class Habits(Struct, frozen=True):
 
     `text` — it carries words, not audio. `says_stop` — it sends a stop before it closes. `echoes_cleared` — a clear sends
     back the marks it cut as if they had played. `confirms_clear` — a clear is acknowledged. `subprotocol` — it offers this.
+    `id_prefixes` — of call, stream and account, before 32 hexadecimal digits; None: UUIDs.
     """
 
     text: bool = False
@@ -92,6 +93,7 @@ class Habits(Struct, frozen=True):
     echoes_cleared: bool = False
     confirms_clear: bool = False
     subprotocol: str | None = None
+    id_prefixes: tuple[str, str, str] | None = None
 
 
 class Codec(Protocol):

@@ -15,7 +15,7 @@ from gateway import __version__
 from gateway.bus import Bus, Subscription
 from gateway.clock import Clock
 from gateway.errors import MalformedFrame, SignatureMismatch
-from gateway.events import Command, Event, Flow, Start, StopReason
+from gateway.events import Checkpoint, Command, Event, Flow, Start, StopReason
 from gateway.media import Track
 from gateway.provider import Provider, SignedRequest
 from gateway.routing import match
@@ -92,7 +92,7 @@ class Stream:
         self.session.perform(command, self._loop.time())
         self._wake.set()
 
-    def fault(self, code: str, message: str, ref: str | None) -> None:
+    def fault(self, code: str, message: str, ref: str | int | None) -> None:
         self.session.fault(code, message, ref)
 
     # --- carrier to gateway ---
@@ -123,6 +123,8 @@ class Stream:
     def _emit(self, event: Event) -> None:
         if type(event) is Start:
             self._open(event)
+        elif type(event) is Checkpoint:
+            self._wake.set()  # a stop may have waited for it
         elif type(event) is Flow:
             self.log.info("flow", state=event.state, buffered_ms=event.buffered_ms)
         self._channel.publish(event)
@@ -226,6 +228,7 @@ class Server:
         self.streams: dict[str, Stream] = {}
         self.clock: Clock
         self.http: aiohttp.ClientSession
+        self.port = 0
         self._log: FilteringBoundLogger = structlog.get_logger("gateway")
         self._runner: web.AppRunner | None = None
 
@@ -248,7 +251,7 @@ class Server:
         except OSError:
             await self.stop()
             raise
-        self.port: int = self._runner.addresses[0][1]
+        self.port = int(self._runner.addresses[0][1])
         self._log.info("listening", address=f"{host}:{self.port}", providers=[*self.providers])
         return self.port
 
@@ -302,6 +305,7 @@ class Server:
             await stream.run()
         except Exception:
             stream.log.exception("stream_failed")
+            await socket.close(code=aiohttp.WSCloseCode.INTERNAL_ERROR)
         finally:
             del self.streams[stream.session_id]
         return socket

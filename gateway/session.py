@@ -143,7 +143,7 @@ class Session:
         except LocalError as error:
             self.fault(error.code, str(error), _ref(command))
 
-    def fault(self, code: str, message: str, ref: str | None = None) -> None:
+    def fault(self, code: str, message: str, ref: str | int | None = None) -> None:
         """Tell the service that something was refused."""
         self.faults[code] += 1
         self._emit(Fault(code, message, ref))
@@ -302,6 +302,8 @@ class Session:
             self._refuse_audio("unsupported_command", str(self._unsupported(Audio)))
         elif self._ending is not None:
             self._refuse_audio("stopping", STOPPING)
+        elif len(audio.payload) % playout.sample_bytes:
+            self._refuse_audio("malformed_audio", f"{len(audio.payload)} bytes are no whole number of samples")
         else:
             if playout.push(audio.payload, now):
                 message = f"the playout queue holds {self._capacity_ms} ms and is full: the newest audio was refused"
@@ -404,5 +406,5 @@ class Session:
             self._emit(Flow(FlowState.RESUME, queued_ms))
 
 
-def _ref(command: Command) -> str | None:
+def _ref(command: Command) -> str | int | None:
     return None if isinstance(command, Audio) else command.ref

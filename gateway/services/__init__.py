@@ -31,7 +31,7 @@ class Line(Protocol):
         """Carry out a command; refusals come back as `Fault` events."""
         ...
 
-    def fault(self, code: str, message: str, ref: str | None) -> None:
+    def fault(self, code: str, message: str, ref: str | int | None) -> None:
         """Have the service told that its message was refused."""
         ...
 

@@ -121,7 +121,7 @@ class FlowUp(Up, frozen=True, tag="flow"):
 class FaultUp(Up, frozen=True, tag="fault"):
     code: str
     message: str
-    ref: str | None
+    ref: str | int | None
 
 
 class StopUp(Up, frozen=True, tag="stop"):
@@ -135,7 +135,7 @@ class StopUp(Up, frozen=True, tag="stop"):
 class Down(Struct, frozen=True, tag_field="type", forbid_unknown_fields=True, kw_only=True):
     """Root of the messages from a service. A misspelt field is refused, not ignored: it would be a command half understood."""
 
-    id: str | None = None
+    id: str | int | None = None
 
 
 class CheckpointDown(Down, frozen=True, tag="checkpoint", kw_only=True):
@@ -182,7 +182,7 @@ _encoder = msgspec.json.Encoder()
 
 
 class _Ref(Struct):
-    id: str | None = None
+    id: str | int | None = None
 
 
 _ref_decoder = msgspec.json.Decoder(_Ref)
@@ -191,7 +191,7 @@ _ref_decoder = msgspec.json.Decoder(_Ref)
 class Malformed(MalformedFrame):
     """A message from a service that can't be read. `ref` is its `id`, as far as that could be read."""
 
-    def __init__(self, detail: str, ref: str | None) -> None:
+    def __init__(self, detail: str, ref: str | int | None) -> None:
         super().__init__("malformed_command", detail)
         self.detail = detail
         self.ref = ref
@@ -299,7 +299,7 @@ def _command(message: DownMessage) -> Command:
             assert_never(never)
 
 
-def _ref_of(frame: str) -> str | None:
+def _ref_of(frame: str) -> str | int | None:
     try:
         return _ref_decoder.decode(frame).id
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
