@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
-from gateway.errors import MalformedFrame, SignatureMismatch
+from gateway.errors import MalformedFrame, SignatureMismatch, UnsupportedCommand
+from gateway.events import COMMAND_NAMES, Command, Message
 from gateway.provider import Call
 
 CALLER, CALLED, DIRECTION = "gw_caller", "gw_called", "gw_direction"
@@ -80,6 +81,17 @@ def take_facts(parameters: dict[str, str]) -> tuple[str, str, str]:
     caller, called = parameters.pop(CALLER, ""), parameters.pop(CALLED, "")
     direction = parameters.pop(DIRECTION, "")
     return caller, called, direction if direction in ("inbound", "outbound") else ""
+
+
+def accepted(accepts: frozenset[type[Message]]) -> tuple[str, ...]:
+    """Commands by their words, sorted: `Start.accepts`."""
+    return tuple(sorted(COMMAND_NAMES[command] for command in accepts))
+
+
+def unsupported(who: str, command: Command, accepts: frozenset[type[Message]]) -> UnsupportedCommand:
+    """The refusal of a command that this stream's wire has no word for."""
+    words = ", ".join(accepted(accepts)) or "nothing"
+    return UnsupportedCommand(f"{who} can't carry {COMMAND_NAMES[type(command)]!r} on this stream; it accepts: {words}")
 
 
 def heard_digits(text: str) -> str:

@@ -14,7 +14,6 @@ from msgspec import field as member
 
 from gateway.errors import MalformedFrame, NotStarted, UnsupportedCommand
 from gateway.events import (
-    COMMAND_NAMES,
     Audio,
     BargeIn,
     Checkpoint,
@@ -263,8 +262,7 @@ class Codec:
         if isinstance(command, Stop):
             return ()
         if type(command) not in self.accepts:
-            what = COMMAND_NAMES[type(command)]
-            raise UnsupportedCommand(f"Plivo can't carry {what!r} on this stream; it accepts {self._accepted()}")
+            raise _account.unsupported("Plivo", command, self.accepts)
         stream_id = self._stream_id
         if stream_id is None:
             raise NotStarted("Plivo has not named the stream yet; what is sent before that is lost in silence")
@@ -301,7 +299,7 @@ class Codec:
             direction=direction,
             media_format=self._format,
             tracks=tuple(stream.tracks or (Track.INBOUND,)),
-            accepts=self._accepted(),
+            accepts=_account.accepted(self.accepts),
             parameters=parameters,
         )
         self._stream_id = stream.stream_id
@@ -312,6 +310,8 @@ class Codec:
     def _play(self, payload: bytes) -> Iterable[str]:
         if len(payload) % self._format.sample_bytes:
             raise UnsupportedCommand(f"{len(payload)} bytes are no whole number of {self._format} samples")
+        if 0 < len(payload) <= _MOST_PER_FRAME:
+            return (self._media_prefix + b2a_base64(payload, newline=False).decode() + '"}}',)
         pieces = (payload[at : at + _MOST_PER_FRAME] for at in range(0, len(payload), _MOST_PER_FRAME))
         return [self._media_prefix + b2a_base64(piece, newline=False).decode() + '"}}' for piece in pieces]
 
@@ -319,9 +319,6 @@ class Codec:
         """Frames before the start name a stream that is not known yet; frames that name none belong to this socket's."""
         if stream_id is not None and self._stream_id is not None and stream_id != self._stream_id:
             raise MalformedFrame("wrong_stream", f"the stream is {self._stream_id}, and the frame is for {stream_id[:64]}")
-
-    def _accepted(self) -> tuple[str, ...]:
-        return tuple(sorted(COMMAND_NAMES[command] for command in self.accepts))
 
 
 def _because(reason: object, frame: str | bytes) -> str:

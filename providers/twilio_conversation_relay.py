@@ -14,7 +14,6 @@ from msgspec import field as member
 
 from gateway.errors import MalformedFrame, NotStarted, UnsupportedCommand
 from gateway.events import (
-    COMMAND_NAMES,
     Audio,
     BargeIn,
     Checkpoint,
@@ -43,7 +42,6 @@ from . import _account, _twilio, _xml
 from ._json import Id, Milliseconds, Reader, excerpt, texts, write
 
 _ACCEPTS: frozenset[type[Message]] = frozenset({Say, Play, Language, Dtmf, Checkpoint, Stop})
-_ACCEPTED = tuple(sorted(COMMAND_NAMES[command] for command in _ACCEPTS))
 _SENDABLE = frozenset("0123456789w#*")
 _EVENTS = "speaker-events tokens-played"
 _SPEAKERS = {"agentSpeaking": Party.AGENT, "clientSpeaking": Party.CALLER}
@@ -257,8 +255,7 @@ class Codec:
     def encode(self, command: Command) -> Iterable[str | bytes]:
         """Frames of one command; none for a checkpoint. See the contract for errors."""
         if type(command) not in self.accepts:
-            what = COMMAND_NAMES[type(command)]
-            raise UnsupportedCommand(f"ConversationRelay carries words and can't carry {what!r}; it accepts {_ACCEPTED}")
+            raise _account.unsupported("ConversationRelay", command, self.accepts)
         if self._session_id is None:
             raise NotStarted("Twilio has not sent its setup yet, so nothing can be sent")
         match command:
@@ -312,7 +309,7 @@ class Codec:
             direction=_twilio.direction(message.direction or ""),
             media_format=None,
             tracks=(),
-            accepts=_ACCEPTED,
+            accepts=_account.accepted(_ACCEPTS),
             parameters=texts(message.custom_parameters),
         )
         return (start,)

@@ -14,7 +14,6 @@ from msgspec import field as member
 
 from gateway.errors import MalformedFrame, NotStarted, UnsupportedCommand
 from gateway.events import (
-    COMMAND_NAMES,
     Audio,
     BargeIn,
     Checkpoint,
@@ -221,8 +220,7 @@ class Codec:
         if isinstance(command, Stop):
             return ()
         if type(command) not in self.accepts:
-            what = COMMAND_NAMES[type(command)]
-            raise UnsupportedCommand(f"Twilio Media Streams can't carry {what!r} on this stream; it accepts {self._accepted()}")
+            raise _account.unsupported("Twilio Media Streams", command, self.accepts)
         sid = self._sid
         if sid is None:
             raise NotStarted("Twilio has not named the stream yet, so nothing can be sent")
@@ -261,7 +259,7 @@ class Codec:
             direction=direction,
             media_format=MULAW_8K,
             tracks=tuple(stream.tracks or (Track.INBOUND,)),
-            accepts=self._accepted(),
+            accepts=_account.accepted(self.accepts),
             parameters=parameters,
         )
         self._sid = sid
@@ -269,8 +267,8 @@ class Codec:
         return (start,)
 
     def _media(self, payload: bytes) -> Iterable[str]:
-        if len(payload) <= _MOST_PER_FRAME:
-            return (self._media_prefix + b2a_base64(payload, newline=False).decode() + '"}}',) if payload else ()
+        if 0 < len(payload) <= _MOST_PER_FRAME:
+            return (self._media_prefix + b2a_base64(payload, newline=False).decode() + '"}}',)
         pieces = (payload[at : at + _MOST_PER_FRAME] for at in range(0, len(payload), _MOST_PER_FRAME))
         return [self._media_prefix + b2a_base64(piece, newline=False).decode() + '"}}' for piece in pieces]
 
@@ -278,9 +276,6 @@ class Codec:
         """Frames before the start name a stream that is not known yet; frames that name none belong to this socket's."""
         if sid is not None and self._sid is not None and sid != self._sid:
             raise MalformedFrame("wrong_stream", f"the stream is {self._sid}, and the frame is for {sid[:64]}")
-
-    def _accepted(self) -> tuple[str, ...]:
-        return tuple(sorted(COMMAND_NAMES[command] for command in self.accepts))
 
 
 class Carrier:

@@ -181,7 +181,7 @@ def test_every_accepted_command_survives_the_wire(kind: str) -> None:
 def test_what_is_not_accepted_is_refused(kind: str) -> None:
     """Never ignored in silence; the sentence names the command. Only Stop is always possible: by closing the socket."""
     for mode in ({}, {"mode": "listen", "then": "<Hangup/>"}):
-        if mode and not hasattr(provider_of(kind)._config, "mode"):
+        if mode and "mode" not in providers.load(kind).Config.__struct_fields__:
             continue
         codec, _, _ = started(kind, **mode)
         assert mode == {} or codec.accepts == frozenset()
@@ -379,14 +379,14 @@ def test_any_frame_is_malformed_at_worst(kind: str, frame: str | bytes) -> None:
 def test_answers_are_well_formed_for_every_string(kind: str, text: str, url: str, caller: str) -> None:
     """Checked by expat, the strictest reader at hand."""
     options = {"welcome_greeting": text} if "welcome_greeting" in providers.load(kind).Config.__struct_fields__ else {}
-    provider = provider_of(kind, parameters={"p": text}, **options)
+    provider = provider_of(kind, parameters={"p": text[:20]}, **options)
     call = Call("CA1", caller, text, "outbound")
     body = provider.answer(webhook(kind, call), url).body
     expat.ParserCreate().Parse(body.encode(), True)
 
 
 @every_provider
-@given(st.dictionaries(st.text("abcXYZ019_-", min_size=1, max_size=8), st.text(max_size=12), max_size=3))
+@given(st.dictionaries(st.text("abcXYZ019_-", min_size=1, max_size=8), st.text(max_size=6), max_size=3))
 @example({"a": "x=y;z,w %41+ü\U0001f600", "b": " spaces "})
 def test_parameters_arrive_as_they_were_configured(kind: str, parameters: dict[str, str]) -> None:
     """Through our answer, the carrier's reading and its start frame; only characters that XML can't write are lost."""
