@@ -163,7 +163,9 @@ async def _simulate(
     def place(_: int) -> Coroutine[Any, Any, CallReport]:
         return simulator.simulate(provider, url=url, audio=clip.pcm, audio_format=clip.media_format, **options)
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), disable=quiet, transient=True) as progress:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as progress:
         bar = progress.add_task("calls", total=calls)
 
         def advance(started: int, finished: int) -> None:
