@@ -80,6 +80,8 @@ class Session:
         self._frames: deque[str | bytes] = deque()
         self._early: list[Audio] = []
         self._timelines: dict[Track, Timeline] = {}
+        self._sample_bytes = 1
+        self._rests: dict[Track, bytes] = {}  # the first bytes of a sample whose others are in the next chunk
         self._bad_since = float("-inf")
         self._bad_recently = 0
         self._paused = False
@@ -186,7 +188,11 @@ class Session:
             else:
                 self.bad["before_start"] += 1
             return
+        if self._sample_bytes > 1 and (self._rests or len(audio.payload) % self._sample_bytes):
+            audio = self._whole(audio)
         size = len(audio.payload)
+        if not size:
+            return
         self.received_bytes += size
         if audio.timestamp_ms is not None and start.media_format is not None:
             timeline = self._timelines.get(audio.track)
@@ -200,6 +206,15 @@ class Session:
                 self.gap_ms += lost
                 self._emit(Gap(lost, audio.track))
         self._emit(audio)
+
+    def _whole(self, audio: Audio) -> Audio:
+        """Whole samples only: a byte too many is carried over to the track's next chunk."""
+        payload = self._rests.pop(audio.track, b"") + audio.payload
+        over = len(payload) % self._sample_bytes
+        if over:
+            self._rests[audio.track] = payload[-over:]
+            payload = payload[:-over]
+        return Audio(payload, audio.track, audio.timestamp_ms)
 
     def _tell(self, event: Event, now: float) -> None:
         match event:
@@ -240,6 +255,7 @@ class Session:
 
     def _begin(self, start: Start) -> None:
         self.start = start
+        self._sample_bytes = start.media_format.sample_bytes if start.media_format is not None else 1
         if start.media_format is None:
             self.recital = Recital()
         else:

@@ -287,3 +287,49 @@ async def test_the_answer_webhook_names_the_stream(launch: Launch, name: str, fo
             assert 400 == response.status
         async with http.request(method, f"http://127.0.0.1:{server.port}/nobody/answer") as response:
             assert 404 == response.status
+
+
+async def test_a_hole_in_the_callers_audio_is_told_and_filled_with_silence(launch: Launch) -> None:
+    async with RecordingService() as service:
+        mulaw = {"encoding": "mulaw", "sample_rate": 8000}
+        server = await launch(services={"agent": {"kind": "websocket", "url": service.url, "media_format": mulaw}})
+        async with TwilioMedia(stream_url(server, "twilio"), pace="fast") as call:
+            link = await service.connected()
+            await call.speak(MULAW[:1600])
+            await call.gap(500)
+            await call.speak(MULAW[1600:3200])
+            await call.hangup()
+            await link.wait_for("stop")
+    (gap,) = link.texts("gap")
+    assert ("inbound", "carrier") == (gap["track"], gap["reason"])
+    assert 480 <= gap["lost_ms"] <= 520
+    assert MULAW[:1600] + b"\xff" * (8 * gap["lost_ms"]) + MULAW[1600:3200] == link.audio
+
+
+async def test_odd_bytes_of_a_wide_stream_come_through_the_echo(launch: Launch) -> None:
+    providers = {
+        "plivo": {"kind": "plivo_audio_streaming", "auth": "none", "media_format": {"encoding": "pcm_s16le", "sample_rate": 8000}}
+    }
+    server = await launch(providers=providers)
+    samples = SPEECH[:4000].astype("<i2").tobytes()
+    url = stream_url(server, "plivo")
+    async with Plivo(url, encoding="audio/x-l16", sample_rate=8000, reduced=True, ragged=True, pace="fast") as call:
+        await call.speak(samples)
+        await asyncio.sleep(0.8)
+        await call.hangup()
+    assert [] == call.violations
+    assert samples == played(call)
+
+
+async def test_stop_after_played_follows_a_checkpoint_at_once(launch: Launch) -> None:
+    async with RecordingService() as service:
+        server = await launch(services={"agent": {"kind": "websocket", "url": service.url}})
+        async with TwilioMedia(stream_url(server, "twilio")) as call:
+            link = await service.connected()
+            await link.send_audio(b"\0\0" * 3200)
+            await link.send(type="checkpoint", name="bye", id=7)
+            await link.send(type="stop", after="played")
+            await link.wait_for("stop", timeout=2)
+            await call.wait_closed()
+    assert "played" == link.texts("checkpoint")[0]["outcome"]
+    assert [] == call.violations
