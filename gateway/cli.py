@@ -18,12 +18,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import providers
 from gateway import __version__, config, display, logs, simulator, speech, wav
 from gateway import demo as demonstration
+from gateway.callreport import CallReport
 from gateway.errors import ConfigError
 from gateway.events import COMMAND_NAMES, Command, Event, Message
 from gateway.provider import Provider
 from gateway.server import Server
 from gateway.settings import Settings
-from gateway.simulator import CallReport
 
 Result = TypeVar("Result")
 

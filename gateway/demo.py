@@ -12,12 +12,13 @@ import msgspec
 
 import providers
 from gateway import wav
+from gateway.callreport import CallReport
 from gateway.display import DemoCall, refused
 from gateway.events import Audio, Checkpoint, Command, Event, Outcome
 from gateway.provider import Provider
 from gateway.server import Server
 from gateway.settings import EchoService, ProviderEntry, Route, Settings
-from gateway.simulator import CallReport, simulate
+from gateway.simulator import simulate
 from gateway.speech import HELLO_TEXT, hello
 
 KEYS = "12"

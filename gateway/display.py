@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gateway.callreport import CallReport, Refusal
 from gateway.events import COMMAND_NAMES, Audio, Command, Event, Message, Outcome
 from gateway.media import MediaFormat
-from gateway.simulator import CallReport, Refusal
 
 SILENT_FIELDS = ("ref", "account", "accepts", "parameters", "tracks", "account_id", "stream_id", "call_id", "after", "language")
 

@@ -15,14 +15,13 @@ from typing import Any, Literal, assert_never
 from uuid import uuid4
 
 import aiohttp
-import msgspec
 import numpy as np
-from msgspec import Struct, field
-from yarl import URL
+from msgspec import Struct
 
 from gateway.alignment import Echo, measure_echo
 from gateway.audio import convert_whole, resample_whole
-from gateway.ear import Cut, Ear, Fate, Mark, Voice
+from gateway.callreport import CallReport, Recording, Refusal, explain, explain_status, origin
+from gateway.ear import Ear, Fate, Voice
 from gateway.errors import GatewayError, MalformedFrame
 from gateway.events import (
     Audio,
@@ -57,71 +56,6 @@ MOST_REFUSALS = 20
 """Different refusals that are kept word for word; what follows is counted under its reason."""
 STRIKES = 10
 """A text carrier hangs up (1007) after so many bad frames in a row."""
-
-
-class Refusal(Struct):
-    """Something the gateway sent that a real carrier would not have taken, and how often."""
-
-    reason: str
-    message: str
-    count: int = 1
-
-
-class Recording(Struct, frozen=True):
-    """Mono PCM16 of what the caller heard and said. Each begins with its first sample; `heard_from_ms` after `said` begins."""
-
-    sample_rate: int
-    heard: bytes = b""
-    said: bytes = b""
-    heard_from_ms: float = 0.0
-
-
-class CallReport(Struct, kw_only=True):
-    """How one simulated call went, as the carrier and the caller saw it. `frames_out` went to the gateway, `frames_in` came back.
-
-    `checkpoints` hold the truth about each checkpoint and whether the carrier echoed it; `clears` what each clear cut;
-    `latency_*` are None unless the caller heard an echo.
-    """
-
-    kind: str
-    url: str
-    call_id: str
-    stream_id: str
-    connected: bool = False
-    duration_ms: int = 0
-    frames_out: int = 0
-    frames_in: int = 0
-    audio_sent_ms: int = 0
-    heard_ms: int = 0
-    underruns: int = 0
-    underrun_ms: float = 0.0
-    max_buffered_ms: float = 0.0
-    first_heard_ms: int | None = None
-    latency_p50_ms: float | None = None
-    latency_p99_ms: float | None = None
-    echo: Echo | None = None
-    checkpoints: list[Mark] = field(default_factory=list)
-    clears: list[Cut] = field(default_factory=list)
-    dtmf_sent: str = ""
-    dtmf_heard: str = ""
-    said: list[str] = field(default_factory=list)
-    spoken: str = ""
-    media_played: list[str] = field(default_factory=list)
-    refusals: list[Refusal] = field(default_factory=list)
-    ended_by: Literal["caller", "gateway", "nobody"] = "nobody"
-    close_code: int | None = None
-    errors: list[str] = field(default_factory=list)
-    recording: Recording | None = None
-
-    @property
-    def ok(self) -> bool:
-        """The call connected, ended in an orderly way, and nothing went wrong or would have been refused."""
-        return self.connected and not self.errors and not self.refusals
-
-    def to_json(self) -> bytes:
-        """The report on one line, without the recording."""
-        fields = {name: value for name, value in msgspec.structs.asdict(self).items() if name != "recording"}
-        return msgspec.json.encode(fields | {"ok": self.ok})
 
 
 async def simulate(
@@ -162,11 +96,13 @@ async def simulate(
     sign — signs the webhook request, as the account's secret would. fate — decides about each echoed checkpoint, for fuzzing.
     jitter_ms — see `Ear`. Every wait is bounded; the whole call by `longest_call_secs`.
     """
+    prefixes = kind_cls.carrier().habits.id_prefixes
+    ids = [f"{prefix}{uuid4().hex}" for prefix in prefixes] if prefixes else [str(uuid4()) for _ in range(3)]
     line = _Line(
         kind_cls,
         url=url,
-        call=Call(call_id or str(uuid4()), caller, called, account_id=account_id or uuid4().hex),
-        stream_id=stream_id or str(uuid4()),
+        call=Call(call_id or ids[0], caller, called, account_id=account_id or ids[2]),
+        stream_id=stream_id or ids[1],
         on_event=on_event,
     )
     line.sign, line.fate, line.jitter_ms, line.chars_per_sec = sign, fate, jitter_ms, chars_per_sec
@@ -307,13 +243,13 @@ class _Line:
             ):
                 answer = await response.text(errors="replace")
                 if response.status != 200:
-                    raise _Refused(_explain_status(response.status, request.url, "webhook"))
+                    raise _Refused(explain_status(response.status, request.url, "webhook"))
         except (aiohttp.ClientError, OSError, ValueError, TimeoutError) as error:
-            raise _Refused(_explain(error, request.url, self.connect_timeout_secs)) from error
+            raise _Refused(explain(error, request.url, self.connect_timeout_secs)) from error
         try:
             return self._provider.dial(answer)
         except MalformedFrame as error:
-            raise _Refused(f"A real carrier would have refused the answer of {_place(request.url)}: {error}") from error
+            raise _Refused(f"A real carrier would have refused the answer of {origin(request.url)}: {error}") from error
 
     async def _connect(self, http: aiohttp.ClientSession, url: str) -> aiohttp.ClientWebSocketResponse:
         offered = (self._habits.subprotocol,) if self._habits.subprotocol else ()
@@ -326,9 +262,9 @@ class _Line:
                     max_msg_size=16 * 1024 * 1024,  # what is too large is the carrier half's to judge
                 )
         except aiohttp.WSServerHandshakeError as error:
-            raise _Refused(_explain_status(error.status, url, "stream")) from error
+            raise _Refused(explain_status(error.status, url, "stream")) from error
         except (aiohttp.ClientError, OSError, ValueError, TimeoutError) as error:
-            raise _Refused(_explain(error, url, self.connect_timeout_secs)) from error
+            raise _Refused(explain(error, url, self.connect_timeout_secs)) from error
 
     async def _converse(self, script: _Script, dial: Dial) -> None:
         """Start, then talking, listening and the playout clock side by side; the first to end ends the call."""
@@ -645,53 +581,5 @@ async def _no_redirect(_session: object, _context: object, params: aiohttp.Trace
     """Carriers follow redirects of a webhook at most; `ws_connect` would follow them to any host."""
     if "Upgrade" in params.headers:
         raise _Refused(
-            f"{_place(str(params.url))} answered the stream's handshake with a redirect, which carriers do not follow."
+            f"{origin(str(params.url))} answered the stream's handshake with a redirect, which carriers do not follow."
         )
-
-
-def _place(url: str) -> str:
-    """Scheme, host and port: paths hold tokens."""
-    try:
-        return str(URL(url).origin())
-    except ValueError:
-        return repr(url)
-
-
-def _explain(error: Exception, url: str, timeout_secs: float) -> str:
-    place = _place(url)
-    match error:
-        case TimeoutError():
-            return (
-                f"{place} did not answer within {timeout_secs:g} s. Is the gateway running there, and not blocked by a firewall?"
-            )
-        case aiohttp.ClientConnectorCertificateError() | aiohttp.ClientConnectorSSLError():
-            return f"{place} has no certificate that a carrier would trust: {error}"
-        case aiohttp.ClientConnectorDNSError():
-            return f"{place}: this host name is unknown. Correct the URL."
-        case aiohttp.ClientConnectorError(os_error=ConnectionRefusedError()):
-            return f"{place} refused the connection: nothing listens there. Start the gateway, or correct the URL."
-        case aiohttp.InvalidURL() | aiohttp.NonHttpUrlClientError() | ValueError():
-            return f"{url!r} is no URL to call: write http(s)://host:port/provider/answer or ws(s)://host:port/provider/stream."
-        case _:
-            return f"{place}: {error or type(error).__name__}"
-
-
-def _explain_status(status: int, url: str, what: Literal["webhook", "stream"]) -> str:
-    place = _place(url)
-    if status in (401, 403):
-        if what == "webhook":
-            return (
-                f"{place} answered the webhook with HTTP {status}: the request is not signed with the account's secret. "
-                "Simulate against a provider with `auth: none` on a loopback address, or give the account's token."
-            )
-        return (
-            f"{place} refused the stream with HTTP {status}: its URL holds no token that is still good. "
-            "Call the answer URL (http://…/provider/answer), which names a fresh stream URL."
-        )
-    if status == 404:
-        return f"{place} answered HTTP 404: no such path. The first part of it must be a provider's name in the configuration."
-    if status == 503:
-        return f"{place} answered HTTP 503: the gateway is draining or full."
-    if what == "stream":
-        return f"{place} answered the stream's handshake with HTTP {status} in place of 101; a real carrier drops the stream."
-    return f"{place} answered the webhook with HTTP {status}; a real carrier would end the call."

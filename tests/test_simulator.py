@@ -18,6 +18,7 @@ from aiohttp.test_utils import TestServer
 
 import providers
 from gateway import speech
+from gateway.callreport import CallReport
 from gateway.ear import Fate
 from gateway.events import (
     Audio,
@@ -39,7 +40,7 @@ from gateway.events import (
 )
 from gateway.media import MULAW_8K, Encoding, MediaFormat
 from gateway.provider import Dial, HttpRequest, Provider, SignedRequest
-from gateway.simulator import CallReport, convert, simulate, simulate_many
+from gateway.simulator import convert, simulate, simulate_many
 
 TEXT = [kind for kind in providers.names() if providers.load(kind).carrier().habits.text]
 AUDIO = [kind for kind in providers.names() if kind not in TEXT]
