@@ -287,6 +287,9 @@ PAUSE = "\N{OBJECT REPLACEMENT CHARACTER}"
 SPEECH_SECS_PER_CHARACTER = 0.1
 """Slower than any synthesizer speaks: bounds how long a `stop` after playing waits for words that are never reported."""
 
+SURE_CHARACTERS = 4
+"""Fewer could begin any message, and prove nothing about those before it."""
+
 
 class Recital:
     """Playout of a text-only stream: checkpoints after words, resolved from the words the carrier reports as spoken.
@@ -298,6 +301,7 @@ class Recital:
     def __init__(self) -> None:
         self._text = ""  # what was said and is not yet known to be spoken
         self._said = 0  # characters said since the start
+        self._starts: deque[int] = deque()  # where each message that has not been spoken to its end begins, likewise counted
         self._marks: deque[tuple[str, int]] = deque()
         self._quiet_at = float("-inf")
         self.ending = False
@@ -305,6 +309,7 @@ class Recital:
     def say(self, text: str, now: float) -> None:
         """Words (or digits, which the carrier reports likewise) were sent."""
         text = _squeeze(text)
+        self._starts.append(self._said)
         self._text += text
         self._said += len(text)
         self._quiet_at = max(now, self._quiet_at) + len(text) * SPEECH_SECS_PER_CHARACTER
@@ -319,22 +324,31 @@ class Recital:
         return self._reached()
 
     def spoken(self, text: str) -> list[Checkpoint]:
-        """Words reached the caller. Words that nobody said (a greeting) prove nothing."""
+        """Words reached the caller. Words that nobody said (a greeting) prove nothing.
+
+        A message that was preempted leaves a hole, and the next words are the beginning of a later message: checkpoints in
+        the hole are cleared.
+        """
         piece = _squeeze(text)
         if not piece:
             return []
-        if not self._text.startswith(piece):
-            # A preempted message leaves a hole; a short piece could match anywhere and proves nothing.
-            at = self._text.find(piece) if len(piece) >= 4 or self._text.startswith(PAUSE) else -1
-            if at < 0:
-                return []
-            self._text = self._text[at:]
+        at = self._find(piece)
+        if at < 0:
+            return []
+        hole = self._text[:at]
+        self._text = self._text[at:]
+        silent = len(hole) - len(hole.lstrip(PAUSE))  # played, for all we can know
+        spoken = self._spoken - at + silent
+        results = self._reached(spoken)
+        if silent < at:
+            results += self._reached(self._spoken, Outcome.CLEARED)
         self._text = self._text[len(piece) :]
-        return self._reached()
+        return results + self._reached()
 
     def interrupted(self) -> list[Checkpoint]:
         """The carrier threw away all that was not yet spoken."""
         self._text = ""
+        self._starts.clear()
         return self._resolve_all(Outcome.CLEARED)
 
     def finish(self) -> list[Checkpoint]:
@@ -347,11 +361,31 @@ class Recital:
     def next_due(self) -> float | None:
         return self._quiet_at + CONFIRM_SECS if self.ending else None
 
-    def _reached(self) -> list[Checkpoint]:
-        spoken = self._said - len(self._text)
+    @property
+    def _spoken(self) -> int:
+        """Characters since the start that were spoken or cut."""
+        return self._said - len(self._text)
+
+    def _find(self, piece: str) -> int:
+        """Where in what is not yet spoken these words are: next, or at the beginning of a later message; else -1."""
+        at = len(self._text) - len(self._text.lstrip(PAUSE))
+        if self._text.startswith(piece, at):
+            return at
+        spoken = self._spoken
+        while self._starts and self._starts[0] <= spoken:
+            self._starts.popleft()
+        if len(piece) >= SURE_CHARACTERS:
+            for start in self._starts:
+                if self._text.startswith(piece, start - spoken):
+                    return start - spoken
+        return -1
+
+    def _reached(self, position: int | None = None, outcome: Outcome = Outcome.PLAYED) -> list[Checkpoint]:
+        if position is None:
+            position = self._spoken
         results = []
-        while self._marks and self._marks[0][1] <= spoken:
-            results.append(Checkpoint(self._marks.popleft()[0], Outcome.PLAYED))
+        while self._marks and self._marks[0][1] <= position:
+            results.append(Checkpoint(self._marks.popleft()[0], outcome))
         return results
 
     def _resolve_all(self, outcome: Outcome) -> list[Checkpoint]:
