@@ -17,11 +17,14 @@ A script is lines. `>>` is what happens, `<<` is all that must come out of it, i
 from __future__ import annotations
 
 import difflib
+from collections import deque
+from collections.abc import Callable, Iterable
 from textwrap import dedent
 
 import msgspec
 
 import providers
+from gateway.ear import Ear, Fate, Voice
 from gateway.events import (
     After,
     Audio,
@@ -68,7 +71,11 @@ class Stage:
         self.events: list[Event] = []
         self.commands: list[Command] = []
         self.notes: list[str] = []
-        self.session = Session(self.codec, emit=self.events.append, note=lambda what, _: self.notes.append(what), **options)  # type: ignore[arg-type]
+        self.session = Session(self.codec, emit=self.emitted, note=lambda what, _: self.notes.append(what), **options)  # type: ignore[arg-type]
+
+    def emitted(self, event: Event) -> None:
+        """The session tells its service something."""
+        self.events.append(event)
 
     def start(self) -> None:
         media_format = None if self.text else self.media_format
@@ -99,6 +106,152 @@ class Stage:
                 break
         self.now = until
         self.pump()
+
+
+class Phone(Stage):
+    """A stage with a line and an ear at its end: what leaves arrives after the network's delay, and so does what comes back.
+
+    Both ways keep their order. `delay` draws the milliseconds of each message, `late` those by which the session's timer is
+    late. `ear` (or `voice`, on a text stream) is the truth. `hang_up` drops the line at the carrier's end.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        delay: Callable[[], float] = float,
+        late: Callable[[], float] = float,
+        jitter_ms: float = 0.0,
+        fate: Callable[[str], Fate] | None = None,
+        **options: object,
+    ) -> None:
+        super().__init__(kind, **options)  # type: ignore[arg-type]
+        self.ear = Ear(self.media_format, self.carrier.habits, jitter_ms=jitter_ms, fate=fate)
+        self.voice = Voice()
+        self.heard_before_cuts: list[int] = []
+        """Samples heard of each generation that a clear at the carrier has ended."""
+        self.closed = False
+        """Whether the carrier's end is closed: nothing more is heard or said."""
+        self._hung_up = False
+        self._cut_at_sample = 0
+        self._delay = delay
+        self._late = late
+        self._down: deque[tuple[float, Command | None]] = deque()
+        self._up: deque[tuple[float, Event | None]] = deque()
+        self._due: float | None = None
+        self._wake = 0.0
+
+    @property
+    def heard_samples(self) -> int:
+        """Samples heard since the last clear that reached the carrier."""
+        self._answer(self.ear.advance(self.now))
+        return self.ear.played - self._cut_at_sample
+
+    @property
+    def mouth(self) -> Ear | Voice:
+        return self.voice if self.text else self.ear
+
+    def left(self, command: Command) -> None:
+        """A command has left the gateway."""
+
+    def perform(self, command: Command) -> None:
+        super().perform(command)
+        self.wait(0)
+
+    def hang_up(self, event: Event | None = None) -> None:
+        """The call ends at the carrier, which says `event` if it says anything, and closes."""
+        self._answer(self.mouth.advance(self.now))
+        self._close()
+        if event is not None:
+            self._answer([event])
+        self._up.append((self._arrival(self._up), None))
+
+    def interrupt(self) -> None:
+        """The caller speaks over the voice of a text stream."""
+        self._answer(self.voice.interrupt(self.now))
+        self.wait(0)
+
+    def pump(self) -> None:
+        while (frame := self.session.next_frame(self.now)) is not None:
+            for command in self.carrier.decode(frame):
+                self.commands.append(command)
+                self.left(command)
+                self._down.append((self._arrival(self._down), command))
+        if self.session.over and not self._hung_up:
+            self._hung_up = True
+            self._down.append((self._arrival(self._down), None))
+        due = None if self.session.over else self.session.next_due()
+        if due is not None and due <= self.now:
+            raise AssertionError(f"nothing leaves at {self.now}, yet more was due at {due}: the writer would spin")
+        if due != self._due:
+            self._due = due
+            self._wake = 0.0 if due is None else due + self._late() / 1000
+
+    def wait(self, ms: float) -> None:
+        until = self.now + ms / 1000
+        while True:
+            times = [self._wake] if self._due is not None else []
+            times += [queue[0][0] for queue in (self._down, self._up) if queue]
+            if not self.closed and (at := self.mouth.next_event()) is not None:
+                times.append(at)
+            if not times or (at := min(times)) > until:
+                break
+            self.now = max(self.now, at)
+            self._deliver()
+            self.pump()
+        self.now = until
+
+    def _close(self) -> None:
+        self.ear.end(self.now)
+        self.closed = True
+
+    def _deliver(self) -> None:
+        while self._down and self._down[0][0] <= self.now:
+            command = self._down.popleft()[1]
+            if self.closed:
+                continue
+            if command is None:
+                self._close()
+            else:
+                self._answer(self._reach_carrier(command))
+        if not self.closed:
+            self._answer(self.mouth.advance(self.now))
+        while self._up and self._up[0][0] <= self.now:
+            event = self._up.popleft()[1]
+            if event is None:
+                self.session.end(StopReason.CARRIER_CLOSED, self.now)
+            else:
+                self.tell(event)
+        if self._due is not None and self._wake <= self.now:
+            self._due = None
+
+    def _reach_carrier(self, command: Command) -> list[Event]:
+        ear, voice, now = self.ear, self.voice, self.now
+        match command:
+            case Audio():
+                ear.media(command.payload, now)
+            case Checkpoint():
+                return ear.checkpoint(command.name, now)
+            case Clear():
+                events = ear.advance(now)
+                self.heard_before_cuts.append(ear.played - self._cut_at_sample)
+                self._cut_at_sample = ear.played
+                return events + ear.clear(now)
+            case Say():
+                return voice.say(command, now)
+            case Dtmf() if self.text:
+                return voice.tones(command.digits, now)
+            case Play():
+                return voice.play(command, now)
+        return []
+
+    def _answer(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self._up.append((self._arrival(self._up), event))
+
+    def _arrival(self, queue: deque[tuple[float, Command | None]] | deque[tuple[float, Event | None]]) -> float:
+        at = self.now + self._delay() / 1000
+        return max(at, queue[-1][0]) if queue else at
 
 
 def check(kind: str, script: str, **options: object) -> Stage:
