@@ -288,7 +288,10 @@ SPEECH_SECS_PER_CHARACTER = 0.1
 """Slower than any synthesizer speaks: bounds how long a `stop` after playing waits for words that are never reported."""
 
 SURE_CHARACTERS = 4
-"""Fewer could begin any message, and prove nothing about those before it."""
+"""Fewer, unless they are a message whole, could begin any and prove nothing about those before it."""
+
+HOLES = 3
+"""A piece of some forty characters leaps over no more preempted messages than this."""
 
 
 class Recital:
@@ -321,7 +324,7 @@ class Recital:
 
     def checkpoint(self, name: str) -> list[Checkpoint]:
         self._marks.append((name, self._said))
-        return self._reached()
+        return self._reached(self._said - len(self._text))
 
     def spoken(self, text: str) -> list[Checkpoint]:
         """Words reached the caller. Words that nobody said (a greeting) prove nothing.
@@ -330,20 +333,17 @@ class Recital:
         the hole are cleared.
         """
         piece = _squeeze(text)
-        if not piece:
+        path = self._match(piece, 0, HOLES) if piece else None
+        if path is None:
             return []
-        at = self._find(piece)
-        if at < 0:
-            return []
-        hole = self._text[:at]
-        self._text = self._text[at:]
-        silent = len(hole) - len(hole.lstrip(PAUSE))  # played, for all we can know
-        spoken = self._spoken - at + silent
-        results = self._reached(spoken)
-        if silent < at:
-            results += self._reached(self._spoken, Outcome.CLEARED)
-        self._text = self._text[len(piece) :]
-        return results + self._reached()
+        base = self._said - len(self._text)
+        results = []
+        for at, outcome in path:
+            results += self._reached(base + at, outcome)
+        self._text = self._text[path[-1][0] :]
+        while self._starts and self._starts[0] < self._said - len(self._text):
+            self._starts.popleft()
+        return results
 
     def interrupted(self) -> list[Checkpoint]:
         """The carrier threw away all that was not yet spoken."""
@@ -361,28 +361,31 @@ class Recital:
     def next_due(self) -> float | None:
         return self._quiet_at + CONFIRM_SECS if self.ending else None
 
-    @property
-    def _spoken(self) -> int:
-        """Characters since the start that were spoken or cut."""
-        return self._said - len(self._text)
+    def _match(self, piece: str, at: int, holes: int) -> list[tuple[int, Outcome]] | None:
+        """How these words continue at `at` in what is not yet spoken: up to where it was played, cut, played; None: not at all.
 
-    def _find(self, piece: str) -> int:
-        """Where in what is not yet spoken these words are: next, or at the beginning of a later message; else -1."""
-        at = len(self._text) - len(self._text.lstrip(PAUSE))
-        if self._text.startswith(piece, at):
-            return at
-        spoken = self._spoken
-        while self._starts and self._starts[0] <= spoken:
-            self._starts.popleft()
-        if len(piece) >= SURE_CHARACTERS:
-            for start in self._starts:
-                if self._text.startswith(piece, start - spoken):
-                    return start - spoken
-        return -1
+        Speech that was cut off is told as a piece of its own, so a hole begins where the piece or a message does.
+        """
+        text = self._text
+        while text.startswith(PAUSE, at):
+            at += 1
+        if text.startswith(piece, at):
+            return [(at + len(piece), Outcome.PLAYED)]
+        if not holes:
+            return None
+        base = self._said - len(text)
+        starts = [start - base for start in self._starts if start - base > at]
+        for cut in (at, *starts):
+            if not text.startswith(piece[: cut - at], at):
+                break
+            for start in starts:
+                rest = piece[cut - at :]
+                sure = len(rest) >= SURE_CHARACTERS or start + len(rest) in (*starts, len(text))
+                if start > cut and sure and text[start : start + 1] == rest[:1] and (path := self._match(rest, start, holes - 1)):
+                    return [(cut, Outcome.PLAYED), (start, Outcome.CLEARED), *path]
+        return None
 
-    def _reached(self, position: int | None = None, outcome: Outcome = Outcome.PLAYED) -> list[Checkpoint]:
-        if position is None:
-            position = self._spoken
+    def _reached(self, position: int, outcome: Outcome = Outcome.PLAYED) -> list[Checkpoint]:
         results = []
         while self._marks and self._marks[0][1] <= position:
             results.append(Checkpoint(self._marks.popleft()[0], outcome))
