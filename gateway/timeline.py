@@ -42,6 +42,6 @@ class Timeline:
         lost = 0
         if ahead < -JITTER_MS:
             lost = round(-ahead)
-            ahead = 0.0
+            ahead += lost  # the rest of the rounding counts towards the next gap
         self._ahead = min(ahead + duration_ms, LARGEST_SURPLUS_MS)
         return lost
