@@ -1,0 +1,177 @@
+"""Checkpoints of a text-only stream: resolved from the words that the carrier reports as spoken, in pieces of its own."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.events import After, Checkpoint, Outcome, Say, Stop, StopReason
+from gateway.playout import CONFIRM_SECS, SPEECH_SECS_PER_CHARACTER, Recital
+from tests.playbook import Phone
+
+PLAYED, CLEARED, LOST = Outcome.PLAYED, Outcome.CLEARED, Outcome.LOST
+
+
+def played(*names: str) -> list[Checkpoint]:
+    return [Checkpoint(name, PLAYED) for name in names]
+
+
+def test_a_checkpoint_is_played_with_the_last_word_before_it() -> None:
+    recital = Recital()
+    recital.say("Good morning. How can I help?", 0.0)
+    assert [] == recital.checkpoint("a")
+    assert [] == recital.spoken("Good morning.")
+    assert [] == recital.spoken(" How can I")
+    assert played("a") == recital.spoken(" help?")
+
+
+def test_white_space_does_not_count() -> None:
+    recital = Recital()
+    recital.say(" Good\nmorning. ", 0.0)
+    recital.say("Bye.", 0.0)
+    recital.checkpoint("a")
+    assert [] == recital.spoken("  ")
+    assert played("a") == recital.spoken("Good   morning.Bye. ")
+
+
+def test_a_checkpoint_behind_nothing_is_played_at_once() -> None:
+    recital = Recital()
+    assert played("a") == recital.checkpoint("a")
+    recital.say("Yes.", 0.0)
+    recital.spoken("Yes.")
+    assert played("a") == recital.checkpoint("a")
+
+
+def test_digits_are_confirmed_like_words() -> None:
+    recital = Recital()
+    recital.say("One moment.", 0.0)
+    recital.say("42#", 0.0)
+    recital.checkpoint("a")
+    assert [] == recital.spoken("One moment.")
+    assert played("a") == recital.spoken("42#")
+
+
+@pytest.mark.parametrize("greeting", ["Hello, this is Anna.", "Hi", "o", "morning"])
+def test_a_greeting_that_nobody_said_proves_nothing(greeting: str) -> None:
+    recital = Recital()
+    recital.say("Good morning. Hello, this is Anna.", 0.0)
+    recital.checkpoint("a")
+    assert [] == recital.spoken(greeting)
+    assert played("a") == recital.spoken("Good morning. Hello, this is Anna.")
+
+
+def test_a_checkpoint_in_preempted_text_is_cleared_and_one_behind_what_preempted_it_is_played() -> None:
+    recital = Recital()
+    recital.say("Please hold the line", 0.0)
+    recital.checkpoint("hold")
+    recital.say("Here I am.", 1.0)
+    recital.checkpoint("here")
+    assert [] == recital.spoken("Please hold")
+    assert [Checkpoint("hold", CLEARED), *played("here")] == recital.spoken("Here I am.")
+
+
+def test_a_message_that_was_preempted_before_its_first_word_may_be_skipped_within_one_piece() -> None:
+    recital = Recital()
+    recital.say("Yes, ", 0.0)
+    recital.checkpoint("yes")
+    recital.say("please hold ", 0.0)
+    recital.checkpoint("hold")
+    recital.say("please go on.", 0.0)
+    recital.checkpoint("go")
+    assert [*played("yes"), Checkpoint("hold", CLEARED), *played("go")] == recital.spoken("Yes, please go on.")
+
+
+def test_a_short_message_whole_is_recognised_behind_a_preempted_one() -> None:
+    recital = Recital()
+    recital.say("Please hold the line", 0.0)
+    recital.say("OK", 0.0)
+    recital.checkpoint("ok")
+    assert [] == recital.spoken("Please")
+    assert played("ok") == recital.spoken("OK")
+
+
+def test_what_is_played_without_a_report_is_over_once_later_words_are_spoken() -> None:
+    recital = Recital()
+    recital.play()
+    assert [] == recital.checkpoint("clip")
+    recital.say("Bye.", 0.0)
+    recital.checkpoint("bye")
+    assert played("clip", "bye") == recital.spoken("Bye.")
+
+
+def test_a_barge_in_clears_what_was_not_spoken() -> None:
+    recital = Recital()
+    recital.say("One. Two.", 0.0)
+    recital.checkpoint("a")
+    recital.say("Three.", 0.0)
+    recital.checkpoint("b")
+    assert [] == recital.spoken("One.")
+    assert [Checkpoint("a", CLEARED), Checkpoint("b", CLEARED)] == recital.interrupted()
+    assert [] == recital.spoken("Two.")
+    recital.say("Four.", 1.0)
+    recital.checkpoint("c")
+    assert played("c") == recital.spoken("Four.")
+
+
+def test_the_end_of_the_stream_loses_what_is_pending() -> None:
+    recital = Recital()
+    recital.say("One.", 0.0)
+    recital.checkpoint("a")
+    recital.checkpoint("b")
+    assert [Checkpoint("a", LOST), Checkpoint("b", LOST)] == recital.finish()
+    assert [] == recital.finish()
+
+
+def test_ending_waits_for_the_words_but_not_for_ever() -> None:
+    recital = Recital()
+    recital.ending = True
+    assert recital.idle(0.0)
+    recital.say("0123456789", 10.0)
+    due = 10.0 + 10 * SPEECH_SECS_PER_CHARACTER + CONFIRM_SECS
+    assert due == recital.next_due()
+    assert not recital.idle(due - 0.001)
+    assert recital.idle(due)
+    recital.spoken("0123456789")
+    assert recital.idle(10.5)
+
+
+def test_stop_after_played_ends_once_the_caller_has_heard_the_last_word() -> None:
+    phone = Phone("twilio_conversation_relay")
+    phone.start()
+    phone.perform(Say("Goodbye, and thank you for calling."))
+    phone.perform(Checkpoint("bye"))
+    phone.perform(Stop(after=After.PLAYED))
+    assert not phone.session.over
+    phone.wait(10_000)
+    assert "Goodbye, and thank you for calling." == phone.voice.spoken
+    assert played("bye") == [event for event in phone.events if isinstance(event, Checkpoint)]
+    assert [StopReason.SERVICE_STOP] == [event.reason for event in phone.events if isinstance(event, Stop)]
+
+
+@given(st.data())
+def test_a_checkpoint_is_played_exactly_with_its_last_word_however_the_carrier_cuts(data: st.DataObject) -> None:
+    words = st.text("ab .\n", min_size=0, max_size=12)
+    messages = data.draw(st.lists(words, min_size=1, max_size=6))
+    recital = Recital()
+    ends: list[tuple[str, int]] = []
+    text = ""
+    for n, message in enumerate(messages):
+        recital.say(message, 0.0)
+        text += message
+        before = len("".join(text.split()))
+        if result := recital.checkpoint(str(n)):
+            assert before == 0
+            assert played(str(n)) == result
+        else:
+            ends.append((str(n), before))
+    spoken = 0
+    while text:
+        size = data.draw(st.integers(1, len(text)))
+        piece, text = text[:size], text[size:]
+        spoken += len("".join(piece.split()))
+        due = [name for name, before in ends if before <= spoken]
+        ends = [(name, before) for name, before in ends if before > spoken]
+        assert played(*due) == recital.spoken(piece)
+    assert [] == ends
+    assert recital.idle(0.0)
