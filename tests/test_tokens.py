@@ -1,0 +1,140 @@
+"""Stream tokens: who holds one gets in, for one call, for a minute; whoever changes a bit of it does not."""
+
+from __future__ import annotations
+
+import re
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.errors import MalformedFrame, RemoteError
+from gateway.tokens import LEEWAY_SECS, LIFETIME_SECS, MAX_CALL_ID_BYTES, NONCE_BYTES, Ticket, TokenError, Tokens
+
+TOKENS = Tokens("correct horse battery staple")
+NOW = 1_800_000_000.75
+NONCE = bytes(range(NONCE_BYTES))
+
+
+def mint(provider: str = "twilio", call_id: str = "CA" + "0" * 32, route: str = "support", now: float = NOW) -> str:
+    return TOKENS.mint(provider, call_id, route, now=now, nonce=NONCE)
+
+
+def refusal(token: str, provider: str = "twilio", now: float = NOW, tokens: Tokens = TOKENS) -> str:
+    with pytest.raises(TokenError) as caught:
+        tokens.read(token, provider, now=now)
+    assert str(caught.value) == caught.value.reason  # nothing of the token in it
+    return caught.value.reason
+
+
+def test_any_instance_with_the_secret_reads_what_another_minted() -> None:
+    ticket = Tokens("correct horse battery staple").read(mint(), "twilio", now=NOW)
+
+    assert ticket == Ticket("twilio", "CA" + "0" * 32, "support", int(NOW) + LIFETIME_SECS, NONCE)
+
+
+def test_another_secret_reads_nothing() -> None:
+    assert refusal(mint(), tokens=Tokens("correct horse battery stable")) == "forged"
+
+
+def test_a_token_fits_into_a_path_and_into_what_carriers_allow() -> None:
+    token = mint(call_id="c" * 64, route="r" * 32)
+
+    assert re.fullmatch(r"[A-Za-z0-9_-]+", token)
+    assert len(token) < 200
+
+
+@given(st.text(min_size=1, max_size=32), st.text(max_size=8), st.text(max_size=64), st.binary(min_size=16, max_size=16))
+def test_whatever_is_minted_is_read(call_id: str, route: str, provider: str, nonce: bytes) -> None:
+    token = TOKENS.mint(provider, call_id, route, now=NOW, nonce=nonce)
+
+    assert TOKENS.read(token, provider, now=NOW) == Ticket(provider, call_id, route, int(NOW) + LIFETIME_SECS, nonce)
+
+
+def test_it_lives_for_a_minute_and_some_leeway() -> None:
+    last = int(NOW) + LIFETIME_SECS + LEEWAY_SECS
+
+    assert TOKENS.read(mint(), "twilio", now=last)
+    assert refusal(mint(), now=last + 0.001) == "expired"
+    assert TOKENS.read(mint(), "twilio", now=NOW - LEEWAY_SECS)  # minted by an instance whose clock is ahead
+
+
+def test_it_opens_no_other_provider() -> None:
+    assert refusal(mint(), "twilio2") == "other_provider"
+    assert refusal(mint(now=0), "plivo") == "other_provider"
+
+
+def test_two_calls_and_two_nonces_give_two_tokens() -> None:
+    other = TOKENS.mint("twilio", "CA1", "support", now=NOW, nonce=bytes(16))
+
+    assert len({mint(), other, mint(call_id="CA1"), mint(now=NOW + 1), mint(route="sales"), mint("plivo")}) == 6
+
+
+def test_every_flipped_bit_is_refused() -> None:
+    token = mint().encode()
+    for at in range(len(token)):
+        for bit in range(8):
+            flipped = bytes(byte ^ (1 << bit) if index == at else byte for index, byte in enumerate(token))
+            assert refusal(flipped.decode("latin-1")) in ("forged", "malformed")
+
+
+def test_every_other_spelling_is_refused() -> None:
+    token = mint()
+    for cut in range(len(token)):
+        assert refusal(token[:cut]) in ("forged", "malformed")
+    for more in ("A", "=", "==", "\n", " ", "/", "%3D", "A" * 400):
+        assert refusal(token + more) in ("forged", "malformed")
+    assert refusal(token[22:] + token[:22]) == "forged"
+    assert refusal(token.swapcase()) == "forged"
+
+
+@given(st.text() | st.binary(max_size=300).map(lambda raw: urlsafe_b64encode(raw).decode()) | st.text("Aa0_-", min_size=60))
+def test_any_text_raises_token_error_and_nothing_else(text: str) -> None:
+    assert refusal(text) in ("forged", "malformed")
+
+
+@given(st.data())
+def test_any_edit_raises_token_error_and_nothing_else(data: st.DataObject) -> None:
+    token = mint()
+    start = data.draw(st.integers(0, len(token)))
+    end = data.draw(st.integers(start, len(token)))
+    edited = token[:start] + data.draw(st.text("AZaz09_-=+/ é") | st.sampled_from(mint("plivo", "x"))) + token[end:]
+
+    if edited != token:
+        assert refusal(edited) in ("forged", "malformed")
+
+
+@given(st.binary(min_size=0, max_size=200))
+def test_a_right_mac_over_less_than_a_token_can_not_happen_by_accident(raw: bytes) -> None:
+    """Bodies that nobody minted are never parsed: their MAC would have to be right."""
+    body = urlsafe_b64encode(raw).rstrip(b"=").decode()
+
+    assert refusal(mint()[:22] + body) in ("forged", "malformed")
+
+
+@pytest.mark.parametrize("call_id", ["", "x" * (MAX_CALL_ID_BYTES + 1), "é" * 65, "\ud800"])
+def test_a_call_id_that_no_carrier_sends_gets_no_token(call_id: str) -> None:
+    with pytest.raises(MalformedFrame) as caught:
+        mint(call_id=call_id)
+
+    assert caught.value.reason == "bad_call_id"
+
+
+def test_a_label_or_a_nonce_of_the_wrong_length_is_our_mistake() -> None:
+    with pytest.raises(ValueError, match="nonce"):
+        TOKENS.mint("twilio", "CA1", "r", now=NOW, nonce=b"short")
+    with pytest.raises(ValueError, match="label"):
+        mint(route="r" * 33)
+
+
+def test_the_providers_name_and_the_secret_are_not_in_it() -> None:
+    raw = urlsafe_b64decode(f"{mint()[22:]}==")
+
+    assert b"CA0000" in raw
+    assert b"twilio" not in raw
+    assert "correct" not in repr(vars(TOKENS))
+
+
+def test_a_bad_token_is_the_other_sides_fault() -> None:
+    assert issubclass(TokenError, RemoteError)
