@@ -1,0 +1,150 @@
+"""What was used once and must not be used again, across the processes of one host and over their restarts.
+
+An entry is an empty file whose creation is atomic: whoever creates it has used the nonce first. Files lie in memory where the
+system has such a place, in a directory that belongs to nobody else, under names that say nothing to whoever lists them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+KEEP_SECS = 120
+"""How long after its expiry an entry is kept: a stream whose token was read at the last moment may start this much later."""
+
+_BUCKET_SECS = 10  # entries that expire together lie together and are removed together
+_MARGIN_SECS = 60  # between the last possible use of an entry and its removal, for processes that disagree about the second
+_SWEPT_AT_ONCE = 32  # so that no use waits for a long removal
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 — everybody may write there, which is why `_opened` looks twice
+
+
+class Ledger:
+    """Nonces used with one secret. `problem` is empty, or a sentence that says why other processes can't be asked: log it."""
+
+    def __init__(self, secret: str, *, directory: Path | None = None, capacity: int = 100_000) -> None:
+        """`directory` is for tests. `capacity` bounds the entries of this process; uses beyond it are refused."""
+        master = secret.encode("utf-8", "surrogatepass")
+        self._key = hmac.digest(master, b"telephony-gateway: used nonces, version 1", hashlib.sha256)
+        place = hmac.digest(self._key, b"directory", hashlib.sha256)[:8].hex()
+        base = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+        self.directory = directory or base / f"telephony-gateway-{os.geteuid()}-{place}"
+        self.problem = ""
+        self._capacity = capacity
+        self._descriptor = -1
+        self._seen: dict[int, set[bytes]] = {}
+        self._next_sweep = 0.0
+        self._dead: list[str] = []
+        try:
+            self._open()
+        except OSError as error:
+            self._failed(error)
+
+    def use(self, nonce: bytes, expires: int, now: float) -> bool:
+        """Whether this is the first use of `nonce` anywhere on this host; it is used from now on.
+
+        `expires` is the ticket's, seconds since 1970 like `now`; a nonce always comes with the same one. False also for what
+        expired more than KEEP_SECS ago. Where the directory can't be used, `problem` says so and the answer is this process's
+        alone. Never raises.
+        """
+        if now > expires + KEEP_SECS:
+            return False
+        bucket, name = expires // _BUCKET_SECS, hmac.digest(self._key, nonce, hashlib.sha256)[:16]
+        for old in [each for each in self._seen if _is_dead(each, now)]:
+            del self._seen[old]
+        if name in self._seen.get(bucket, ()):
+            return False
+        if sum(map(len, self._seen.values())) >= self._capacity:
+            self.problem = f"{self._capacity} stream tokens were used within minutes; further ones are refused"
+            return False
+        self._seen.setdefault(bucket, set()).add(name)
+        try:
+            first = self._create(str(bucket), name.hex())
+        except OSError as error:
+            self._failed(error)
+            return True
+        self.problem = ""
+        with contextlib.suppress(OSError):  # what is left lying is removed another time
+            self._sweep(now)
+        return first
+
+    def close(self) -> None:
+        """Give the directory back. Entries stay, for whoever comes after us."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _failed(self, error: OSError) -> None:
+        self.problem = f"used stream tokens are known to this process only: {self.directory}: {error.strerror or error}"
+
+    def _open(self) -> None:
+        self.close()
+        self._descriptor = _opened(self.directory)
+
+    def _create(self, bucket: str, name: str) -> bool:
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        if self._descriptor < 0:
+            self._open()
+        for _ in range(4):
+            try:
+                os.close(os.open(f"{bucket}/{name}", flags, 0o600, dir_fd=self._descriptor))
+            except FileExistsError:
+                return False
+            except FileNotFoundError:
+                try:
+                    os.mkdir(bucket, 0o700, dir_fd=self._descriptor)
+                except FileExistsError:
+                    continue
+                except FileNotFoundError:  # somebody has removed the whole directory
+                    self._open()
+            else:
+                return True
+        raise FileNotFoundError("it is removed again and again")
+
+    def _sweep(self, now: float) -> None:
+        """Remove a few entries that nobody can use any more."""
+        if not self._dead:
+            if now < self._next_sweep:
+                return
+            self._next_sweep = now + _BUCKET_SECS
+            for bucket in os.listdir(self._descriptor):  # noqa: PTH208 — a descriptor, not a path
+                if bucket.isdecimal() and bucket.isascii() and _is_dead(int(bucket), now):
+                    self._dead += [f"{bucket}/{name}" for name in self._list(bucket)]
+                    self._dead.append(bucket)
+            self._dead.reverse()
+        for _ in range(min(_SWEPT_AT_ONCE, len(self._dead))):
+            path = self._dead.pop()
+            with contextlib.suppress(OSError):  # another process was faster
+                (os.unlink if "/" in path else os.rmdir)(path, dir_fd=self._descriptor)
+
+    def _list(self, bucket: str) -> list[str]:
+        try:
+            descriptor = os.open(bucket, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._descriptor)
+        except OSError:
+            return []
+        try:
+            return os.listdir(descriptor)  # noqa: PTH208
+        finally:
+            os.close(descriptor)
+
+
+def _is_dead(bucket: int, now: float) -> bool:
+    return (bucket + 1) * _BUCKET_SECS + KEEP_SECS + _MARGIN_SECS < now
+
+
+def _opened(directory: Path) -> int:
+    """A descriptor of `directory`, made if need be. Raises OSError if others could plant or remove entries in it."""
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(0o700)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    found = os.fstat(descriptor)
+    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o022:
+        os.close(descriptor)
+        raise PermissionError(
+            f"it belongs to user {found.st_uid} and has mode {stat.S_IMODE(found.st_mode):04o}; remove it, or make it ours alone"
+        )
+    return descriptor
