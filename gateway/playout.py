@@ -99,8 +99,8 @@ class Playout:
         results: list[Checkpoint | Clear] = []
         boundary = played_until = self._boundary
         for mark in (*self._unconfirmed, *self._unsent):
-            # What has been heard whole was played, although its echo is still on the way.
-            played = mark.due is not None and mark.position <= heard
+            # What has been heard whole was played, although its echo, or the mark itself, is still on the way.
+            played = mark.position <= heard
             results.append(self._resolved(mark, Outcome.PLAYED if played else Outcome.CLEARED, boundary, heard))
             boundary = mark.position
             if played:
