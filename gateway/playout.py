@@ -304,6 +304,7 @@ class Recital:
     def __init__(self) -> None:
         self._text = ""  # what was said and is not yet known to be spoken
         self._said = 0  # characters said since the start
+        self._cut = 0  # those of them that were said before the last barge-in
         self._starts: deque[int] = deque()  # where each message that has not been spoken to its end begins, likewise counted
         self._marks: deque[tuple[str, int]] = deque()
         self._quiet_at = float("-inf")
@@ -324,7 +325,7 @@ class Recital:
 
     def checkpoint(self, name: str) -> list[Checkpoint]:
         self._marks.append((name, self._said))
-        return self._reached(self._said - len(self._text))
+        return self._reached(self._said) if self._all_spoken else []
 
     def spoken(self, text: str) -> list[Checkpoint]:
         """Words reached the caller. Words that nobody said (a greeting) prove nothing.
@@ -333,10 +334,15 @@ class Recital:
         the hole are cleared.
         """
         piece = _squeeze(text)
-        path = self._match(piece, 0, HOLES) if piece else None
-        if path is None:
+        if not piece:
             return []
         base = self._said - len(self._text)
+        # After a barge-in words may come that were on their way then; what was said since goes first, for it may repeat them.
+        path = self._match(piece, max(0, self._cut - base), HOLES)
+        if path is None and base < self._cut:
+            path = self._match(piece, 0, HOLES)
+        if path is None:
+            return []
         results = []
         for at, outcome in path:
             results += self._reached(base + at, outcome)
@@ -347,8 +353,7 @@ class Recital:
 
     def interrupted(self) -> list[Checkpoint]:
         """The carrier threw away all that was not yet spoken."""
-        self._text = ""
-        self._starts.clear()
+        self._cut = self._said
         return self._resolve_all(Outcome.CLEARED)
 
     def finish(self) -> list[Checkpoint]:
@@ -356,10 +361,14 @@ class Recital:
 
     def idle(self, now: float) -> bool:
         """Whether all words were spoken, or should have been long ago."""
-        return (not self._text and not self._marks) or now >= self._quiet_at + CONFIRM_SECS
+        return (self._all_spoken and not self._marks) or now >= self._quiet_at + CONFIRM_SECS
 
     def next_due(self) -> float | None:
         return self._quiet_at + CONFIRM_SECS if self.ending else None
+
+    @property
+    def _all_spoken(self) -> bool:
+        return not self._text or self._cut == self._said
 
     def _match(self, piece: str, at: int, holes: int) -> list[tuple[int, Outcome]] | None:
         """How these words continue at `at` in what is not yet spoken: up to where it was played, cut, played; None: not at all.
