@@ -200,6 +200,8 @@ class Phone(Stage):
             self._deliver()
             self.pump()
         self.now = until
+        if not self.closed:
+            self._answer(self.mouth.advance(self.now))
 
     def _close(self) -> None:
         self.ear.end(self.now)

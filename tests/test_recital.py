@@ -114,6 +114,27 @@ def test_a_barge_in_clears_what_was_not_spoken() -> None:
     assert played("c") == recital.spoken("Four.")
 
 
+def test_words_that_were_on_their_way_at_a_barge_in_do_not_hide_what_was_said_since() -> None:
+    recital = Recital()
+    recital.say("As I said: ", 0.0)
+    recital.say("one. ", 0.0)  # reaches the carrier after the caller spoke, and so is heard
+    recital.interrupted()
+    assert recital.idle(0.0)
+    recital.say("As I said: two.", 0.0)
+    recital.checkpoint("a")
+    assert [] == recital.spoken("one. As I said:")
+    assert played("a") == recital.spoken(" two.")
+
+
+def test_what_is_repeated_after_a_barge_in_is_not_taken_for_what_was_cut() -> None:
+    recital = Recital()
+    recital.say("Good morning.", 0.0)
+    recital.interrupted()
+    recital.say("Good morning.", 0.0)
+    recital.checkpoint("a")
+    assert played("a") == recital.spoken("Good morning.")
+
+
 def test_the_end_of_the_stream_loses_what_is_pending() -> None:
     recital = Recital()
     recital.say("One.", 0.0)
