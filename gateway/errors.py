@@ -34,7 +34,11 @@ class MalformedFrame(RemoteError):
 
 
 class SignatureMismatch(RemoteError):
-    """The request was not signed with the account's secret."""
+    """The request was not signed with the account's secret. `tried` are the URL forms it was checked against, fit for a log."""
+
+    def __init__(self, why: str, tried: tuple[str, ...] = ()) -> None:
+        super().__init__(why)
+        self.tried = tried
 
 
 class LocalError(GatewayError):

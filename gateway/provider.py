@@ -8,19 +8,24 @@ a carrier with the second; conformance tests plug the two together.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
+from urllib.parse import parse_qsl
 
 from msgspec import Struct, field
 
 from gateway.events import Command, Event, Message
 from gateway.media import MediaFormat
 
+MOST_FIELDS = 1000
+"""Of one form or query; sorting more is work for nobody's benefit. Carriers send some thirty."""
+
 
 class SignedRequest(Struct, frozen=True):
     """A carrier's HTTP request as it reached us.
 
     `url` is the public URL, character for character as the carrier dialled it (built from `public_url`, never from Host);
-    header names are lower case; `body` is raw; `form` is the decoded form or query, first value wins.
+    header names are lower case; `body` is raw; `form` is the decoded form or query, first value wins. Signatures are checked
+    against `url` and `body` alone, so `form` must say what they say: `read` sees to that.
     """
 
     method: str
@@ -28,6 +33,20 @@ class SignedRequest(Struct, frozen=True):
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
     form: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, method: str, url: str, headers: Mapping[str, str], body: bytes = b"") -> SignedRequest:
+        """The request with its form read as a signature covers it: from the raw body of a POST, else from the query.
+
+        Always UTF-8, never by the unsigned Content-Type, which could give the same body another meaning. Never raises.
+        """
+        encoded = body.decode(errors="replace") if method == "POST" else url.partition("#")[0].partition("?")[2]
+        try:
+            pairs = parse_qsl(encoded, keep_blank_values=True, max_num_fields=MOST_FIELDS)
+        except ValueError:
+            pairs = []
+        lower = {name.lower(): value for name, value in headers.items()}
+        return cls(method, url, lower, body, dict(reversed(pairs)))
 
 
 class Answer(Struct, frozen=True):
@@ -57,14 +76,25 @@ class Call(Struct, frozen=True):
     account_id: str = ""
 
 
+class StreamStatus(Struct, frozen=True):
+    """What a carrier's status callback says of a stream: ids are empty, and the event is `other`, where it tells none we know."""
+
+    call_id: str
+    stream_id: str
+    event: Literal["started", "stopped", "failed", "degraded", "other"]
+    reason: str = ""
+
+
 class Dial(Struct, frozen=True):
-    """A carrier's reading of an answer: where to connect and what to say in the start frame."""
+    """A carrier's reading of an answer: where to connect, what to say in the start frame, whom to ask and tell afterwards."""
 
     url: str
     parameters: Mapping[str, str] = field(default_factory=dict)
     media_format: MediaFormat | None = None
     tracks: tuple[str, ...] = ("inbound",)
     bidirectional: bool = True
+    action_url: str | None = None
+    status_url: str | None = None
 
 
 class Limits(Struct, frozen=True):
@@ -152,11 +182,44 @@ class Provider(Protocol):
     def __init__(self, config: Struct) -> None: ...
 
     def authenticate(self, request: SignedRequest) -> None:
-        """Returns if the request was signed with the account's secret. Raises SignatureMismatch. Constant time."""
+        """Returns if the request, a webhook or a WebSocket upgrade, was signed with the account's secret, or need not be.
+
+        Raises SignatureMismatch and nothing else, whatever the request is made of. Takes the same time for every signature.
+        """
         ...
 
-    def answer(self, request: SignedRequest, stream_url: str) -> Answer:
-        """What to do with the call of this webhook: the XML that makes the carrier dial `stream_url` (`wss://…`)."""
+    def sign(self, request: SignedRequest) -> Mapping[str, str]:
+        """The headers, in lower case, with which the carrier signs this webhook or upgrade, made with the first secret.
+
+        For doubles, for `doctor` and for finding a proxy's fault. Empty where the account has no secret.
+        """
+        ...
+
+    def answer(
+        self, request: SignedRequest, stream_url: str, *, action_url: str | None = None, status_url: str | None = None
+    ) -> Answer:
+        """What to do with the call of this webhook: the XML that makes the carrier dial `stream_url` (`wss://…`).
+
+        `action_url` is asked once a conversation's stream has ended (answer it with `after`); without it, the configured
+        elements are in this answer already. `status_url` is told of the stream, where the carrier does such a thing.
+        Raises MalformedFrame when the request names no call.
+        """
+        ...
+
+    def after(self, request: SignedRequest) -> Answer:
+        """What the carrier gets at the action URL: the configured elements, else an empty document, which ends the call."""
+        ...
+
+    def gone(self, request: SignedRequest) -> Answer:
+        """The same where the service was lost: the elements for that case, else those of `after`."""
+        ...
+
+    def overflow(self) -> Answer:
+        """What the carrier gets in place of a stream when there is no room for one more call."""
+        ...
+
+    def status(self, request: SignedRequest) -> StreamStatus:
+        """What a status callback says. Never raises: `other` is the event of what is not understood."""
         ...
 
     def call(self, request: SignedRequest) -> Call:

@@ -4,11 +4,16 @@ hands to our own codec because the carrier's start frame leaves them out."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 from urllib.parse import urlsplit
 
-from gateway.errors import MalformedFrame, SignatureMismatch, UnsupportedCommand
+from msgspec import Struct
+
+from gateway.errors import MalformedFrame, UnsupportedCommand
 from gateway.events import COMMAND_NAMES, Command, Message
-from gateway.provider import Call
+from gateway.provider import Answer, Call
+
+from . import _xml
 
 CALLER, CALLED, DIRECTION = "gw_caller", "gw_called", "gw_direction"
 """Names under which our answer passes a call's facts to our codec; stripped from `Start.parameters` again."""
@@ -29,12 +34,18 @@ def object_to(*checks: Problems) -> None:
         raise ValueError(*problems)
 
 
-def check_tokens(auth_token: str | list[str] | None, auth: str | None) -> Problems:
-    """There is exactly one way to tell friend from foe."""
-    if (auth_token is None) == (auth is None):
+def check_tokens(auth: str | None, **secrets: str | list[str] | None) -> Problems:
+    """There is exactly one way to tell friend from foe; `secrets` are the options that each hold one, or a list."""
+    given = {name: secret for name, secret in secrets.items() if secret is not None}
+    if (auth is None) == (not given):
         yield "auth: give exactly one of `auth_token: …` and `auth: none`"
-    elif auth_token is not None and not (auth_token and all(auth_token)):
-        yield "auth_token: is empty; give the account's token, a list of tokens, or `auth: none`"
+    elif auth is not None:
+        return
+    for name, secret in given.items():
+        if not (secret and all(secret)):
+            yield f"{name}: is empty; give the account's secret, a list of secrets, or `auth: none`"
+        elif any(each != each.strip() for each in ([secret] if isinstance(secret, str) else secret)):
+            yield f"{name}: begins or ends with white space, which no carrier's secret does"
 
 
 def check_names(parameters: dict[str, str]) -> Problems:
@@ -50,13 +61,13 @@ def check_lead(lead_ms: int | None, ceiling_ms: int) -> Problems:
         yield f"lead_ms: {lead_ms} is out of range; this carrier holds 20 to {ceiling_ms} ms"
 
 
-def check_mode(mode: str, track: str, then: str, after: str) -> Problems:
+def check_mode(mode: str, track: str, then: str, **afterwards: str) -> Problems:
     """The options fit the direction of the stream."""
     if mode == "listen":
         if not then.strip():
             yield "mode: listen needs `then`, such as <Dial>…</Dial>: with no next element the call ends at once"
-        if after:
-            yield "after: has no effect with `mode: listen`; what runs meanwhile goes into `then`"
+        for name in (name for name, elements in afterwards.items() if elements):
+            yield f"{name}: has no effect with `mode: listen`; what runs meanwhile goes into `then`"
     else:
         if track != "inbound":
             yield f"track: {track} needs `mode: listen`; a conversation hears the inbound track only"
@@ -64,10 +75,23 @@ def check_mode(mode: str, track: str, then: str, after: str) -> Problems:
             yield "then: needs `mode: listen`; what runs once a conversation has ended goes into `after`"
 
 
-def authenticate(auth: str | None) -> None:
-    """Fails closed: until signatures are checked here, only an account with `auth: none` lets anybody in."""
-    if auth != "none":
-        raise SignatureMismatch("signatures can't be verified by this version; only `auth: none` admits requests")
+_SECRETS = frozenset({"auth_token", "signing_key"})
+
+
+def masked(settings: Struct) -> list[tuple[str, Any]]:
+    """Names and values of an account's options, for its repr: secrets as `***`."""
+    values = [(name, getattr(settings, name)) for name in settings.__struct_fields__]
+    return [(name, "***" if name in _SECRETS and value is not None else value) for name, value in values]
+
+
+def shown(settings: Struct) -> str:
+    """The repr of an account's options, without its secrets."""
+    return f"{type(settings).__name__}({', '.join(f'{name}={value!r}' for name, value in masked(settings))})"
+
+
+def elements(*configured: str) -> Answer:
+    """An answer of the first of these options that is set; none of them: an empty document, which ends the call."""
+    return Answer(_xml.response(next((text.strip() for text in configured if text.strip()), "")))
 
 
 def facts(call: Call) -> dict[str, str]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote, unquote
 
 from gateway.errors import MalformedFrame
 from gateway.media import Encoding, MediaFormat
-from gateway.provider import Call, HttpRequest, SignedRequest
+from gateway.provider import Call, HttpRequest, SignedRequest, StreamStatus
 
 from ._json import excerpt, read_object, texts
 
@@ -37,6 +37,20 @@ HEADER_BYTES = 512
 
 ROOM_FOR_FACTS = 192
 """Of those, what is kept for the call's own facts: three names and two numbers or short SIP addresses."""
+
+BUSY = '<Hangup reason="busy"/>'
+"""What a caller gets when there is no room: a busy tone, without the call being answered or paid for."""
+
+# Two pages, two namings; which one a callback really has is not known.
+_STATUS: Mapping[str, Literal["started", "stopped", "failed", "degraded"]] = {
+    "startstream": "started",
+    "started": "started",
+    "stopstream": "stopped",
+    "stopped": "stopped",
+    "droppedstream": "failed",
+    "failed": "failed",
+    "degradedstream": "degraded",
+}
 
 _SEPARATORS = re.compile("[;,]")
 
@@ -107,6 +121,14 @@ def call(request: SignedRequest) -> Call:
         direction="outbound" if form.get("Direction") == "outbound" else "inbound",
         account_id=form.get("AuthID") or form.get("ParentAuthID", ""),
     )
+
+
+def status(request: SignedRequest) -> StreamStatus:
+    """What a stream's status callback says. Never raises."""
+    form = request.form
+    word = form.get("Event", "").lower()
+    reason = form.get("StatusReason") or form.get("Error", "")
+    return StreamStatus(form.get("CallUUID", ""), form.get("StreamID", ""), _STATUS.get(word, "other"), excerpt(reason))
 
 
 def webhook(call: Call, url: str) -> HttpRequest:

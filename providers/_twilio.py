@@ -6,15 +6,29 @@ Sources: twilio.com/docs/voice/twiml/stream, /voice/twiml/connect/conversationre
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Literal
 from xml.etree.ElementTree import Element
 
 from gateway.errors import MalformedFrame
-from gateway.provider import Answer, Call, HttpRequest, SignedRequest
+from gateway.provider import Answer, Call, HttpRequest, SignedRequest, StreamStatus
 
 from . import _xml
+from ._json import excerpt
 
 BAD_ANSWER = "12100"
 """Twilio's error for a document that is no TwiML."""
+
+BUSY = '<Reject reason="busy"/>'
+"""What a caller gets when there is no room: a busy tone, without the call being answered or paid for."""
+
+_STATUS: Mapping[str, Literal["started", "stopped", "failed"]] = {
+    "stream-started": "started",
+    "stream-stopped": "stopped",
+    "stream-error": "failed",
+    "ended": "stopped",  # the three words for a session of ConversationRelay, told to the action URL
+    "completed": "stopped",
+    "failed": "failed",
+}
 
 _PARAMETER_CHARACTERS = 500  # "name and value together under 500 characters"
 
@@ -31,6 +45,15 @@ def call(request: SignedRequest) -> Call:
         direction=direction(form.get("Direction", "")) or "inbound",
         account_id=form.get("AccountSid", ""),
     )
+
+
+def status(request: SignedRequest) -> StreamStatus:
+    """What a stream's status callback says, or the action request after a session. Never raises."""
+    form = request.form
+    word = form.get("StreamEvent") or form.get("SessionStatus", "")
+    error = form.get("StreamError") or f"{form.get('ErrorCode', '')} {form.get('ErrorMessage', '')}".strip()
+    stream = form.get("StreamSid") or form.get("SessionId", "")
+    return StreamStatus(form.get("CallSid", ""), stream, _STATUS.get(word, "other"), excerpt(error))
 
 
 def direction(word: str) -> str:
@@ -61,6 +84,12 @@ def answer(*verbs: str) -> Answer:
     return Answer(_xml.response(*verbs))
 
 
+def connect(noun: str, action_url: str | None, after: str) -> Answer:
+    """A `<Connect>` document; what follows is asked for at the action URL, or without one stands in the document."""
+    verb = _xml.element("Connect", {"action": action_url}, noun)
+    return answer(verb, "" if action_url is not None else after.strip())
+
+
 def check_parameters(parameters: Mapping[str, str]) -> Iterable[str]:
     """Twilio carries every pair; else yields what is wrong."""
     for name, value in parameters.items():
@@ -77,14 +106,14 @@ def _fits(name: str, value: str) -> bool:
     return len(name) + len(value) < _PARAMETER_CHARACTERS
 
 
-def noun(document: str, name: str, within: Iterable[str]) -> tuple[str, Element]:
+def noun(document: str, name: str, within: Iterable[str]) -> tuple[Element, Element]:
     """(verb, noun) of the first `<verb><noun>` in an answer, as Twilio reads it."""
     root = _xml.parse(document, BAD_ANSWER)
     for verb in root:
         if verb.tag in within:
             for child in verb:
                 if child.tag == name:
-                    return verb.tag, child
+                    return verb, child
     raise MalformedFrame(BAD_ANSWER, f"the answer starts no <{name}>")
 
 

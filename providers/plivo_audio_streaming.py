@@ -6,7 +6,7 @@ Wire facts: plivo.com/docs/voice-agents/audio-streaming/concepts/audio-streaming
 from __future__ import annotations
 
 from binascii import b2a_base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, assert_never
 
 from msgspec import UNSET, Struct, UnsetType
@@ -35,9 +35,9 @@ from gateway.events import (
     Unknown,
 )
 from gateway.media import MULAW_8K, MediaFormat, Track
-from gateway.provider import Answer, Call, Dial, Habits, HttpRequest, Limits, SignedRequest
+from gateway.provider import Answer, Call, Dial, Habits, HttpRequest, Limits, SignedRequest, StreamStatus
 
-from . import _account, _plivo, _xml
+from . import _account, _plivo, _plivo_signature, _xml
 from ._json import Id, Milliseconds, Reader, excerpt, write
 
 # Plivo's queue is said to hold 60 s or 40 s, depending on the page: 40 s is safe. 20 ms a frame is what it recommends;
@@ -55,11 +55,14 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An account whose calls are carried as Plivo audio streams.
 
     auth_token: the account's auth token, or a list of tokens while rotating; required unless `auth` is given.
+    accept_v2: whether Plivo's older signature will do, which protects neither query nor body; default false.
     auth: `none` admits unsigned requests (loopback only); default: signatures are required.
     mode: `converse` (both directions) or `listen` (we only hear); default converse.
     track: what a listening stream hears, `inbound`, `outbound` or `both`; default inbound.
     then: XML elements that run while a listening stream runs, such as <Dial>…</Dial>; required with `mode: listen`.
     after: XML elements that run once the conversation's stream has ended; default none, the call ends.
+    service_lost: XML elements that run instead where the service was lost; default `after`.
+    overflow: XML elements for a call that there is no room for; default <Hangup reason="busy"/>.
     media_format: encoding and rate in Hz, one of mulaw 8000, pcm_s16le 8000, pcm_s16le 16000; default mulaw 8000.
     parameters: names and values passed to the stream in extraHeaders, 320 bytes together; default none.
     lead_ms: audio sent ahead of real time, milliseconds, 20 to 40000; default 200.
@@ -69,11 +72,14 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """
 
     auth_token: str | list[str] | None = None
+    accept_v2: bool = False
     auth: Literal["none"] | None = None
     mode: Literal["converse", "listen"] = "converse"
     track: Literal["inbound", "outbound", "both"] = "inbound"
     then: str = ""
     after: str = ""
+    service_lost: str = ""
+    overflow: str = ""
     media_format: MediaFormat = MULAW_8K
     parameters: dict[str, str] = member(default_factory=dict)
     lead_ms: int | None = None
@@ -83,15 +89,23 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         _account.object_to(
-            _account.check_tokens(self.auth_token, self.auth),
+            _account.check_tokens(self.auth, auth_token=self.auth_token),
             _account.check_names(self.parameters),
-            _account.check_mode(self.mode, self.track, self.then, self.after),
+            _account.check_mode(self.mode, self.track, self.then, after=self.after, service_lost=self.service_lost),
             _account.check_lead(self.lead_ms, _LIMITS.ceiling_ms),
             _plivo.check_headers(self.parameters),
             _xml.check_elements("then", self.then),
             _xml.check_elements("after", self.after),
+            _xml.check_elements("service_lost", self.service_lost),
+            _xml.check_elements("overflow", self.overflow),
             self._check(),
         )
+
+    def __repr__(self) -> str:
+        return _account.shown(self)
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return _account.masked(self)
 
     def _check(self) -> Iterable[str]:
         if self.media_format not in _plivo.FORMATS:
@@ -453,12 +467,20 @@ class Provider:
 
     def __init__(self, config: Settings) -> None:
         self._config = config
+        self._signer = None if config.auth else _plivo_signature.Signer(config.auth_token, accept_v2=config.accept_v2)
 
     def authenticate(self, request: SignedRequest) -> None:
-        """Raises SignatureMismatch unless the account has `auth: none`."""
-        _account.authenticate(self._config.auth)
+        """Raises SignatureMismatch unless a token of the account signed the request, or the account has `auth: none`."""
+        if self._signer is not None:
+            self._signer.verify(request)
 
-    def answer(self, request: SignedRequest, stream_url: str) -> Answer:
+    def sign(self, request: SignedRequest) -> Mapping[str, str]:
+        """Plivo's headers for this request; none with `auth: none`."""
+        return {} if self._signer is None else self._signer.sign(request)
+
+    def answer(
+        self, request: SignedRequest, stream_url: str, *, action_url: str | None = None, status_url: str | None = None
+    ) -> Answer:
         """XML that dials `stream_url` and passes the call's facts to our codec. Raises MalformedFrame without a call."""
         config = self._config
         converse = config.mode == "converse"
@@ -471,9 +493,28 @@ class Provider:
             "extraHeaders": _plivo.write_headers(config.parameters | _account.facts(self.call(request))) or None,
             "noiseCancellation": True if config.noise_cancellation else None,
             "noiseCancellationLevel": config.noise_cancellation_level,
+            "statusCallbackUrl": status_url,
         }
         stream = _xml.element("Stream", attributes, _xml.escape(stream_url))
+        if converse and action_url is not None:  # an action is what comes next: the stream keeps the call until it ends
+            return Answer(_xml.response(stream, _xml.element("Redirect", None, _xml.escape(action_url))))
         return Answer(_xml.response(stream, (config.after if converse else config.then).strip()))
+
+    def after(self, request: SignedRequest) -> Answer:
+        """The configured elements `after`; without any the call ends."""
+        return _account.elements(self._config.after)
+
+    def gone(self, request: SignedRequest) -> Answer:
+        """The configured elements `service_lost`, else those of `after`."""
+        return _account.elements(self._config.service_lost, self._config.after)
+
+    def overflow(self) -> Answer:
+        """The configured elements `overflow`, else a busy tone."""
+        return _account.elements(self._config.overflow, _plivo.BUSY)
+
+    def status(self, request: SignedRequest) -> StreamStatus:
+        """What a status callback says. Never raises."""
+        return _plivo.status(request)
 
     def call(self, request: SignedRequest) -> Call:
         """The call of a webhook. Raises MalformedFrame when it names none."""
@@ -496,7 +537,8 @@ class Provider:
     @classmethod
     def dial(cls, answer: str) -> Dial:
         """What Plivo reads out of our answer. Raises MalformedFrame with the hangup code or the word it would report."""
-        stream = _xml.parse(answer, _plivo.BAD_ANSWER).find("Stream")
+        response = _xml.parse(answer, _plivo.BAD_ANSWER)
+        stream = response.find("Stream")
         if stream is None:
             raise MalformedFrame(_plivo.BAD_ANSWER, "the answer starts no <Stream>")
         url = (stream.text or "").strip()
@@ -513,4 +555,7 @@ class Provider:
         headers = stream.get("extraHeaders", "")
         if len(headers.encode(errors="replace")) > _plivo.HEADER_BYTES:
             raise MalformedFrame(_plivo.BAD_ANSWER, "extraHeaders has more than 512 bytes")
-        return Dial(url, _plivo.read_headers(headers), form, _TRACKS[track], bidirectional)
+        follows = response[[*response].index(stream) + 1 :]
+        action = (follows[0].text or "").strip() if follows and follows[0].tag == "Redirect" else None
+        status = stream.get("statusCallbackUrl")
+        return Dial(url, _plivo.read_headers(headers), form, _TRACKS[track], bidirectional, action, status)

@@ -6,7 +6,7 @@ November 2026; the shape of `info` is in no page and comes from recorded session
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, assert_never
 
 from msgspec import UNSET, Struct, UnsetType
@@ -36,9 +36,9 @@ from gateway.events import (
     Transcript,
     Unknown,
 )
-from gateway.provider import Answer, Call, Dial, Habits, HttpRequest, Limits, SignedRequest
+from gateway.provider import Answer, Call, Dial, Habits, HttpRequest, Limits, SignedRequest, StreamStatus
 
-from . import _account, _twilio, _xml
+from . import _account, _twilio, _twilio_signature, _xml
 from ._json import Id, Milliseconds, Reader, excerpt, texts, write
 
 _ACCEPTS: frozenset[type[Message]] = frozenset({Say, Play, Language, Dtmf, Checkpoint, Stop})
@@ -71,8 +71,11 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An account whose calls are carried by ConversationRelay. Options left out keep Twilio's own defaults.
 
     auth_token: the account's primary auth token, or a list of tokens while rotating; required unless `auth` is given.
+    signing_key: secret of a signing key (SharedKey), or a list, for requests that Twilio signs by HMAC-SHA256; default none.
     auth: `none` admits unsigned requests (loopback only); default: signatures are required.
     after: TwiML elements that run once the session has ended; default none, the call ends.
+    service_lost: TwiML elements that run instead where the service was lost; default `after`.
+    overflow: TwiML elements for a call that there is no room for; default <Reject reason="busy"/>.
     parameters: names and values passed to the session as <Parameter>, under 500 characters a pair; default none.
     welcome_greeting: text spoken first; default none.
     welcome_greeting_interruptible: what cuts the greeting: `none`, `dtmf`, `speech`, `any`; default Twilio's, any.
@@ -98,12 +101,18 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     elevenlabs_text_normalization: `on`, `auto`, `off`; default Twilio's, off.
     debug: `debugging` adds round trip times, which arrive as unknown events; default none.
     intelligence_service: SID or name of a Conversational Intelligence service; default none.
+    background_noise_reduction: how the caller's audio is cleaned, a word of Twilio's; default Twilio's.
+    conversation_configuration: SID of a configuration of Twilio's Conversations; default none.
+    conversation_id: an existing conversation that the session belongs to; default none.
     languages: languages to prepare, a list of <Language>; default none.
     """
 
     auth_token: str | list[str] | None = None
+    signing_key: str | list[str] | None = None
     auth: Literal["none"] | None = None
     after: str = ""
+    service_lost: str = ""
+    overflow: str = ""
     parameters: dict[str, str] = member(default_factory=dict)
     welcome_greeting: str | None = None
     welcome_greeting_interruptible: Trigger | None = None
@@ -129,16 +138,27 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     elevenlabs_text_normalization: Literal["on", "auto", "off"] | bool | None = None  # YAML reads a bare on and off as booleans
     debug: Literal["debugging"] | None = None
     intelligence_service: str | None = None
+    background_noise_reduction: str | None = None
+    conversation_configuration: str | None = None
+    conversation_id: str | None = None
     languages: list[SpokenLanguage] = member(default_factory=list)
 
     def __post_init__(self) -> None:
         _account.object_to(
-            _account.check_tokens(self.auth_token, self.auth),
+            _account.check_tokens(self.auth, auth_token=self.auth_token, signing_key=self.signing_key),
             _account.check_names(self.parameters),
             _twilio.check_parameters(self.parameters),
             _xml.check_elements("after", self.after),
+            _xml.check_elements("service_lost", self.service_lost),
+            _xml.check_elements("overflow", self.overflow),
             self._check(),
         )
+
+    def __repr__(self) -> str:
+        return _account.shown(self)
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return _account.masked(self)
 
     def _check(self) -> Iterable[str]:
         if isinstance(self.speech_timeout, int) and not 600 <= self.speech_timeout <= 5000:
@@ -336,7 +356,7 @@ def _or_none(value: Any) -> Any:
 class Carrier:
     """Twilio's half: no counters, no timestamps, no ids but in `setup`."""
 
-    habits: ClassVar[Habits] = Habits(text=True, says_stop=False, echoes_cleared=False, confirms_clear=False, subprotocol=None)
+    habits: ClassVar[Habits] = Habits(text=True, says_stop=False, id_prefixes=("CA", "VX", "AC"))
 
     def __init__(self) -> None:
         self._started = False
@@ -438,18 +458,45 @@ class Provider:
 
     def __init__(self, config: Settings) -> None:
         self._config = config
+        self._signer = None if config.auth else _twilio_signature.Signer(config.auth_token, config.signing_key)
 
     def authenticate(self, request: SignedRequest) -> None:
-        """Raises SignatureMismatch unless the account has `auth: none`."""
-        _account.authenticate(self._config.auth)
+        """Raises SignatureMismatch unless a secret of the account signed the request, or the account has `auth: none`."""
+        if self._signer is not None:
+            self._signer.verify(request)
 
-    def answer(self, request: SignedRequest, stream_url: str) -> Answer:
-        """TwiML that opens a session with `stream_url`. The setup frame tells the call's facts itself."""
+    def sign(self, request: SignedRequest) -> Mapping[str, str]:
+        """Twilio's headers for this request; none with `auth: none`."""
+        return {} if self._signer is None else self._signer.sign(request)
+
+    def answer(
+        self, request: SignedRequest, stream_url: str, *, action_url: str | None = None, status_url: str | None = None
+    ) -> Answer:
+        """TwiML that opens a session with `stream_url`. The setup frame tells the call's facts itself.
+
+        `status_url` has no place here: of a session's end Twilio tells the action URL, and `status` reads that.
+        """
         attributes = {"url": stream_url} | _attributes(self._config)
         languages = [_xml.element("Language", _language(language)) for language in self._config.languages]
         parameters = _twilio.parameters(self._config.parameters)
         session = _xml.element("ConversationRelay", attributes, *languages, *parameters)
-        return _twilio.answer(_xml.element("Connect", None, session), self._config.after.strip())
+        return _twilio.connect(session, action_url, self._config.after)
+
+    def after(self, request: SignedRequest) -> Answer:
+        """The configured elements `after`; without any the call ends."""
+        return _account.elements(self._config.after)
+
+    def gone(self, request: SignedRequest) -> Answer:
+        """The configured elements `service_lost`, else those of `after`."""
+        return _account.elements(self._config.service_lost, self._config.after)
+
+    def overflow(self) -> Answer:
+        """The configured elements `overflow`, else a busy tone."""
+        return _account.elements(self._config.overflow, _twilio.BUSY)
+
+    def status(self, request: SignedRequest) -> StreamStatus:
+        """What a status callback says. Never raises."""
+        return _twilio.status(request)
 
     def call(self, request: SignedRequest) -> Call:
         """The call of a webhook. Raises MalformedFrame when it names none."""
@@ -472,10 +519,10 @@ class Provider:
     @classmethod
     def dial(cls, answer: str) -> Dial:
         """What Twilio reads out of our answer. Raises MalformedFrame with the number of the error it would report."""
-        _, session = _twilio.noun(answer, "ConversationRelay", ("Connect",))
+        connect, session = _twilio.noun(answer, "ConversationRelay", ("Connect",))
         url = (session.get("url") or "").strip()
         _account.check_stream_url(url, scheme="64102", malformed="64102")
-        return Dial(url, _twilio.read_parameters(session), media_format=None, tracks=())
+        return Dial(url, _twilio.read_parameters(session), media_format=None, tracks=(), action_url=connect.get("action"))
 
 
 def _attributes(config: Settings) -> dict[str, _xml.Value]:
@@ -506,6 +553,9 @@ def _attributes(config: Settings) -> dict[str, _xml.Value]:
         "events": _EVENTS,
         "debug": config.debug,
         "intelligenceService": config.intelligence_service,
+        "backgroundNoiseReduction": config.background_noise_reduction,
+        "conversationConfiguration": config.conversation_configuration,
+        "conversationId": config.conversation_id,
     }
 
 

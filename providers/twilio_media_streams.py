@@ -6,7 +6,7 @@ Wire facts: twilio.com/docs/voice/media-streams/websocket-messages and /voice/tw
 from __future__ import annotations
 
 from binascii import b2a_base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, assert_never
 
 from msgspec import Struct
@@ -35,9 +35,9 @@ from gateway.events import (
     Unknown,
 )
 from gateway.media import MULAW_8K, Track
-from gateway.provider import Answer, Call, Dial, Habits, HttpRequest, Limits, SignedRequest
+from gateway.provider import Answer, Call, Dial, Habits, HttpRequest, Limits, SignedRequest, StreamStatus
 
-from . import _account, _twilio, _xml
+from . import _account, _twilio, _twilio_signature, _xml
 from ._json import Id, Milliseconds, Reader, texts, write
 
 # Twilio publishes neither a largest frame nor a largest queue, and takes frames faster than real time. 5 s keeps barge-in
@@ -54,34 +54,50 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An account whose calls are carried as Twilio Media Streams.
 
     auth_token: the account's primary auth token, or a list of tokens while rotating; required unless `auth` is given.
+    signing_key: secret of a signing key (SharedKey), or a list, for requests that Twilio signs by HMAC-SHA256; default none.
     auth: `none` admits unsigned requests (loopback only); default: signatures are required.
     mode: `converse` (<Connect>, both directions) or `listen` (<Start>, we only hear); default converse.
     track: what a listening stream hears, `inbound`, `outbound` or `both`; default inbound.
     then: TwiML elements that run while a listening stream runs, such as <Dial>…</Dial>; required with `mode: listen`.
     after: TwiML elements that run once the conversation's stream has ended; default none, the call ends.
+    service_lost: TwiML elements that run instead where the service was lost; default `after`.
+    overflow: TwiML elements for a call that there is no room for; default <Reject reason="busy"/>.
+    stream_name: the stream's name in status callbacks and for <Stop><Stream name="…"/></Stop>; default the StreamSid.
     parameters: names and values passed to the stream as <Parameter>, under 500 characters a pair; default none.
     lead_ms: audio sent ahead of real time, milliseconds, 20 to 5000; default 200.
     """
 
     auth_token: str | list[str] | None = None
+    signing_key: str | list[str] | None = None
     auth: Literal["none"] | None = None
     mode: Literal["converse", "listen"] = "converse"
     track: Literal["inbound", "outbound", "both"] = "inbound"
     then: str = ""
     after: str = ""
+    service_lost: str = ""
+    overflow: str = ""
+    stream_name: str | None = None
     parameters: dict[str, str] = member(default_factory=dict)
     lead_ms: int | None = None
 
     def __post_init__(self) -> None:
         _account.object_to(
-            _account.check_tokens(self.auth_token, self.auth),
+            _account.check_tokens(self.auth, auth_token=self.auth_token, signing_key=self.signing_key),
             _account.check_names(self.parameters),
-            _account.check_mode(self.mode, self.track, self.then, self.after),
+            _account.check_mode(self.mode, self.track, self.then, after=self.after, service_lost=self.service_lost),
             _account.check_lead(self.lead_ms, _LIMITS.ceiling_ms),
             _twilio.check_parameters(self.parameters),
             _xml.check_elements("then", self.then),
             _xml.check_elements("after", self.after),
+            _xml.check_elements("service_lost", self.service_lost),
+            _xml.check_elements("overflow", self.overflow),
         )
+
+    def __repr__(self) -> str:
+        return _account.shown(self)
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return _account.masked(self)
 
 
 # --- frames from Twilio, as tolerantly as we read them -----------------------------------------------------------------
@@ -281,7 +297,7 @@ class Codec:
 class Carrier:
     """Twilio's half: one counter over everything after `connected`, chunks counted over both tracks, numbers as strings."""
 
-    habits: ClassVar[Habits] = Habits(says_stop=True, echoes_cleared=True, confirms_clear=False, subprotocol=None)
+    habits: ClassVar[Habits] = Habits(says_stop=True, echoes_cleared=True, id_prefixes=("CA", "MZ", "AC"))
 
     def __init__(self) -> None:
         self._start: Start | None = None
@@ -378,19 +394,45 @@ class Provider:
 
     def __init__(self, config: Settings) -> None:
         self._config = config
+        self._signer = None if config.auth else _twilio_signature.Signer(config.auth_token, config.signing_key)
 
     def authenticate(self, request: SignedRequest) -> None:
-        """Raises SignatureMismatch unless the account has `auth: none`."""
-        _account.authenticate(self._config.auth)
+        """Raises SignatureMismatch unless a secret of the account signed the request, or the account has `auth: none`."""
+        if self._signer is not None:
+            self._signer.verify(request)
 
-    def answer(self, request: SignedRequest, stream_url: str) -> Answer:
+    def sign(self, request: SignedRequest) -> Mapping[str, str]:
+        """Twilio's headers for this request; none with `auth: none`."""
+        return {} if self._signer is None else self._signer.sign(request)
+
+    def answer(
+        self, request: SignedRequest, stream_url: str, *, action_url: str | None = None, status_url: str | None = None
+    ) -> Answer:
         """TwiML that dials `stream_url` and passes the call's facts to our codec. Raises MalformedFrame without a call."""
-        parameters = _twilio.parameters(_account.facts(self.call(request)) | self._config.parameters)
-        if self._config.mode == "converse":
-            stream = _xml.element("Stream", {"url": stream_url}, *parameters)
-            return _twilio.answer(_xml.element("Connect", None, stream), self._config.after.strip())
-        stream = _xml.element("Stream", {"url": stream_url, "track": _TRACK_WORDS[self._config.track]}, *parameters)
-        return _twilio.answer(_xml.element("Start", None, stream), self._config.then.strip())
+        config = self._config
+        parameters = _twilio.parameters(_account.facts(self.call(request)) | config.parameters)
+        attributes: dict[str, _xml.Value] = {"url": stream_url, "name": config.stream_name, "statusCallback": status_url}
+        if config.mode == "converse":
+            stream = _xml.element("Stream", attributes, *parameters)
+            return _twilio.connect(stream, action_url, config.after)
+        stream = _xml.element("Stream", attributes | {"track": _TRACK_WORDS[config.track]}, *parameters)
+        return _twilio.answer(_xml.element("Start", None, stream), config.then.strip())
+
+    def after(self, request: SignedRequest) -> Answer:
+        """The configured elements `after`; without any the call ends."""
+        return _account.elements(self._config.after)
+
+    def gone(self, request: SignedRequest) -> Answer:
+        """The configured elements `service_lost`, else those of `after`."""
+        return _account.elements(self._config.service_lost, self._config.after)
+
+    def overflow(self) -> Answer:
+        """The configured elements `overflow`, else a busy tone."""
+        return _account.elements(self._config.overflow, _twilio.BUSY)
+
+    def status(self, request: SignedRequest) -> StreamStatus:
+        """What a status callback says. Never raises."""
+        return _twilio.status(request)
 
     def call(self, request: SignedRequest) -> Call:
         """The call of a webhook. Raises MalformedFrame when it names none."""
@@ -417,12 +459,14 @@ class Provider:
         url = (stream.get("url") or "").strip()
         _account.check_stream_url(url, scheme="31922", malformed="31923")
         track = stream.get("track", "inbound_track")
-        if track not in _TRACKS or (verb == "Connect" and track != "inbound_track"):
-            raise MalformedFrame("31941", f"track {track!r} inside <{verb}>")
+        if track not in _TRACKS or (verb.tag == "Connect" and track != "inbound_track"):
+            raise MalformedFrame("31941", f"track {track!r} inside <{verb.tag}>")
         return Dial(
             url=url.split("#")[0].split("?")[0],  # "url does not support query string parameters": they never arrive
             parameters=_twilio.read_parameters(stream),
             media_format=MULAW_8K,
             tracks=_TRACKS[track],
-            bidirectional=verb == "Connect",
+            bidirectional=verb.tag == "Connect",
+            action_url=verb.get("action"),
+            status_url=stream.get("statusCallback"),
         )
