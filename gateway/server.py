@@ -1,10 +1,9 @@
-"""Where carriers connect: webhooks that answer with XML, and stream sockets, one TaskGroup each."""
+"""Where carriers connect: webhooks that answer with XML, and stream sockets. What a stream does is in `gateway.stream`."""
 
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import aiohttp
 import structlog
@@ -12,210 +11,26 @@ from aiohttp import web
 from structlog.typing import FilteringBoundLogger
 
 from gateway import __version__
-from gateway.bus import Bus, Subscription
+from gateway.bus import Bus
 from gateway.clock import Clock
-from gateway.errors import MalformedFrame, SignatureMismatch
-from gateway.events import Checkpoint, Command, Event, Flow, Start, StopReason
-from gateway.media import Track
-from gateway.provider import Provider, SignedRequest
+from gateway.door import Door, Refused
+from gateway.errors import MalformedFrame
+from gateway.events import StopReason
+from gateway.provider import Answer, Call, Provider, SignedRequest
 from gateway.routing import match
-from gateway.services import Link, ServiceLost
-from gateway.services.echo import EchoLink
-from gateway.services.websocket import WebsocketLink
-from gateway.session import Session
-from gateway.settings import EchoService, Service, Settings, WebsocketService, host_port
+from gateway.settings import Settings, host_port
+from gateway.stream import FAREWELL_SECS, House, Stream
 
 LARGEST_FRAME = 64 * 1024
-"""Bytes of one frame from a carrier; the largest legitimate one is a start with many parameters."""
+"""Bytes of one frame or webhook body from a carrier; the largest legitimate frame is a start with many parameters."""
 
 HEARTBEAT_SECS = 10.0
-FAREWELL_SECS = 2.0
-"""How long a carrier may take to close after it was told to end, and a service to take its last messages."""
-
 SLOW_HEADER_SECS = 5.0
+BODY_SECS = 5.0
+"""A webhook's body must be there by then."""
 
 
-class Stream:
-    """One carrier's socket with its session and its link. The server makes one per connection and awaits `run`."""
-
-    def __init__(self, server: Server, provider_name: str, socket: web.WebSocketResponse, log: FilteringBoundLogger) -> None:
-        entry = server.settings.providers[provider_name]
-        self.session_id = uuid.uuid4().hex
-        self.provider = provider_name
-        self.kind = entry.kind
-        self.http = server.http
-        self.log = log.bind(session=self.session_id)
-        self._server = server
-        self._socket = socket
-        self._loop = asyncio.get_running_loop()
-        self._wake = asyncio.Event()
-        self._tasks: asyncio.TaskGroup
-        self._serving: asyncio.Task[None] | None = None
-        self._link: Link | None = None
-        self._began = self._loop.time()
-        self._armed = float("inf")
-        self._channel = server.bus.channel(self.session_id)
-        self.subscription: Subscription
-        self.start: Start
-        self.session = Session(
-            server.providers[provider_name].codec(),
-            emit=self._emit,
-            note=self._note,
-            capacity_ms=server.settings.capacity_ms,
-        )
-
-    async def run(self) -> None:
-        """Carry the stream until one side ends it."""
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                self._tasks = tasks
-                writing = tasks.create_task(self._write())
-                try:
-                    await self._read()
-                finally:
-                    self.end(StopReason.CARRIER_CLOSED)
-                    if self._serving is not None:
-                        await asyncio.wait([self._serving], timeout=FAREWELL_SECS)
-                        self._serving.cancel()
-                    writing.cancel()
-        finally:
-            self._summarize()
-
-    def end(self, reason: StopReason) -> None:
-        """End the stream from outside; the first reason counts."""
-        self.session.end(reason, self._loop.time())
-        self._wake.set()
-
-    # --- the line that links see ---
-
-    def perform(self, command: Command) -> None:
-        self.session.perform(command, self._loop.time())
-        self._wake.set()
-
-    def fault(self, code: str, message: str, ref: str | int | None) -> None:
-        self.session.fault(code, message, ref)
-
-    # --- carrier to gateway ---
-
-    async def _read(self) -> None:
-        session, loop = self.session, self._loop
-        try:
-            try:
-                async with asyncio.timeout(self._server.settings.start_timeout_secs):
-                    while session.start is None and not session.over:
-                        message = await self._socket.receive()
-                        if not _is_frame(message):
-                            return
-                        session.receive(message.data, loop.time())
-            except TimeoutError:
-                self.log.warning("no_start", after_secs=self._server.settings.start_timeout_secs)
-                session.close_code = aiohttp.WSCloseCode.POLICY_VIOLATION
-                self.end(StopReason.TIMEOUT)
-            async for message in self._socket:
-                if not _is_frame(message):
-                    return
-                session.receive(message.data, loop.time())
-                if session.over:
-                    self._wake.set()
-        except ConnectionError:
-            pass  # a ping met a closing transport: the same as a close
-
-    def _emit(self, event: Event) -> None:
-        if type(event) is Start:
-            self._open(event)
-        elif type(event) is Checkpoint:
-            self._wake.set()  # a stop may have waited for it
-        elif type(event) is Flow:
-            self.log.info("flow", state=event.state, buffered_ms=event.buffered_ms)
-        self._channel.publish(event)
-
-    def _open(self, start: Start) -> None:
-        """The start frame has come: find the service and let it take over."""
-        self.start = start
-        self.log = self.log.bind(call_id=start.call_id)
-        settings = self._server.settings
-        route = match(settings.routes, provider=self.provider, called=start.called, caller=start.caller)
-        self.log.info("stream_started", stream_id=start.stream_id, media_format=str(start.media_format), route=_named(route))
-        if route is None:
-            self.log.warning("no_route", caller=start.caller, called=start.called)
-            self._loop.call_soon(self.end, StopReason.SERVICE_LOST)
-            return
-        name = route.service[0]
-        service = settings.services[name]
-        track = service.track if isinstance(service, WebsocketService) else Track.INBOUND
-        self.subscription = Subscription(start.media_format, capacity_ms=settings.hold_ms, track=track)
-        self._channel.subscribe(self.subscription)
-        self._link = _link(service, self)
-        self._serving = self._tasks.create_task(self._serve(name, self._link))
-
-    async def _serve(self, name: str, link: Link) -> None:
-        try:
-            await link.run()
-        except ServiceLost as error:
-            self.log.error("service_lost", service=name, error=str(error))
-            self.end(StopReason.SERVICE_LOST)
-
-    # --- gateway to carrier ---
-
-    async def _write(self) -> None:
-        session, loop, wake = self.session, self._loop, self._wake
-        try:
-            while True:
-                frame = session.next_frame(loop.time())
-                if frame is not None:
-                    await (self._socket.send_str(frame) if isinstance(frame, str) else self._socket.send_bytes(frame))
-                    continue
-                if session.over:
-                    break
-                due = session.next_due()
-                if due is not None and (due < self._armed or self._armed < loop.time()):
-                    self._armed = due
-                    self._server.clock.wake_at(due, wake.set)
-                await wake.wait()
-                wake.clear()
-            if session.farewell:
-                # The carrier was told and closes by itself; closing first would look like a failure to it.
-                await asyncio.sleep(FAREWELL_SECS)
-            await self._socket.close(code=session.close_code)
-        except ConnectionError:
-            pass  # the reader sees the same and ends the stream
-
-    # --- for the operator ---
-
-    def _note(self, what: str, values: dict[str, object]) -> None:
-        self.log.warning(what, **values)
-
-    def _summarize(self) -> None:
-        """The one canonical line of a stream."""
-        session, now = self.session, self._loop.time()
-        playout = session.playout
-        queued, played, cleared, lost = playout.totals(now) if playout is not None else (0, 0, 0, 0)
-        start = session.start
-        sample_bytes = start.media_format.sample_bytes if start is not None and start.media_format is not None else 1
-        received = self.subscription.offered_bytes if self._link is not None else session.received_bytes
-        forwarded = self._link.forwarded_bytes if self._link is not None else 0
-        self.log.info(
-            "stream_ended",
-            reason=session.stop.reason if session.stop is not None else None,
-            close_code=self._socket.close_code,
-            duration_secs=round(now - self._began, 3),
-            frames_in=session.frames_in,
-            frames_out=session.frames_out,
-            bad_frames=dict(session.bad),
-            unknown_frames=dict(session.unknown),
-            gap_ms=session.gap_ms,
-            faults=dict(session.faults),
-            checkpoints={str(outcome): count for outcome, count in session.outcomes.items()},
-            received_samples=received // sample_bytes,
-            forwarded_samples=forwarded // sample_bytes,
-            dropped_samples=(received - forwarded) // sample_bytes,
-            queued_samples=queued // sample_bytes,
-            played_samples=played // sample_bytes,
-            cleared_samples=cleared // sample_bytes,
-            lost_samples=lost // sample_bytes,
-            underruns=playout.underruns if playout is not None else 0,
-            refused_samples=playout.refused // sample_bytes if playout is not None else 0,
-        )
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Server:
@@ -225,23 +40,34 @@ class Server:
         self.settings = settings
         self.providers = providers
         self.bus = Bus()
-        self.streams: dict[str, Stream] = {}
-        self.clock: Clock
-        self.http: aiohttp.ClientSession
         self.port = 0
+        self.house: House
         self._log: FilteringBoundLogger = structlog.get_logger("gateway")
         self._runner: web.AppRunner | None = None
 
+    @property
+    def streams(self) -> dict[str, Stream]:
+        """Live streams by session id."""
+        return self.house.streams
+
     async def start(self) -> int:
         """Listen. Returns the port. Raises OSError when the address can't be had."""
-        self.clock = Clock(asyncio.get_running_loop())
         trace = aiohttp.TraceConfig()
         trace.on_request_redirect.append(_refuse_redirect)
-        self.http = aiohttp.ClientSession(trace_configs=[trace], headers={"User-Agent": f"telephony-audio-gateway/{__version__}"})
-        app = web.Application(client_max_size=LARGEST_FRAME)
-        app.router.add_route("GET", "/{provider}/answer", self._answer)
-        app.router.add_route("POST", "/{provider}/answer", self._answer)
+        self.house = House(
+            settings=self.settings,
+            bus=self.bus,
+            clock=Clock(asyncio.get_running_loop()),
+            http=aiohttp.ClientSession(trace_configs=[trace], headers={"User-Agent": f"telephony-audio-gateway/{__version__}"}),
+            door=Door(self.settings, self.providers, self._log),
+        )
+        app = web.Application(client_max_size=LARGEST_FRAME, middlewares=[self._observe])
+        for method in ("GET", "POST"):
+            app.router.add_route(method, "/{provider}/answer", self._answer)
+            app.router.add_route(method, "/{provider}/action", self._action)
+            app.router.add_route(method, "/{provider}/status", self._status)
         app.router.add_route("GET", "/{provider}/stream", self._stream)
+        app.router.add_route("GET", "/{provider}/stream/{token}", self._stream)
         self._runner = web.AppRunner(app, access_log=None, keepalive_timeout=SLOW_HEADER_SECS, shutdown_timeout=FAREWELL_SECS)
         await self._runner.setup()
         host, port = host_port(self.settings.listen)
@@ -262,53 +88,97 @@ class Server:
             stream.end(StopReason.DRAIN)
         if self._runner is not None:
             await self._runner.cleanup()
-        await self.http.close()
+        await self.house.http.close()
+        self.house.door.close()
+
+    # --- webhooks ---
 
     async def _answer(self, request: web.Request) -> web.Response:
         """The carrier asks what to do with a call."""
-        name, provider = self._provider(request)
-        signed = await self._signed(request)
+        name, provider, signed, call = await self._webhook(request)
         try:
-            provider.authenticate(signed)
-            call = provider.call(signed)
-        except SignatureMismatch:
-            return web.Response(status=403)
+            self.house.door.reserve(name, call, self._now())
+        except Refused:
+            return _xml(provider.overflow())
+        route = match(self.settings.routes, provider=name, called=call.called, caller=call.caller)
+        label = route.label if route is not None else ""
+        scheme, _, rest = self.settings.base_url(self.port).partition("://")
+        base = f"{rest}/{name}"
+        stream_url = f"{'wss' if scheme == 'https' else 'ws'}://{base}/stream/{self.house.door.mint(name, call, label)}"
+        answer = provider.answer(
+            signed, stream_url, action_url=f"{scheme}://{base}/action", status_url=f"{scheme}://{base}/status"
+        )
+        self._log.info("call_answered", provider=name, call_id=call.call_id, caller=call.caller, called=call.called, route=label)
+        return _xml(answer)
+
+    async def _action(self, request: web.Request) -> web.Response:
+        """The carrier asks what comes after a stream."""
+        name, provider, signed, call = await self._webhook(request)
+        lost = (name, call.call_id) in self.house.service_lost
+        return _xml(provider.gone(signed) if lost else provider.after(signed))
+
+    async def _status(self, request: web.Request) -> web.Response:
+        """The carrier tells how a stream fares. Never needed to end one: it may come late, twice or not at all."""
+        name, provider, signed, _ = await self._webhook(request)
+        status = provider.status(signed)
+        self._log.info(
+            "carrier_status", provider=name, call_id=status.call_id, stream_id=status.stream_id, status=status.event,
+            reason=status.reason,
+        )  # fmt: skip
+        return web.Response(status=204)
+
+    async def _webhook(self, request: web.Request) -> tuple[str, Provider, SignedRequest, Call]:
+        name, provider = self._provider(request)
+        try:
+            async with asyncio.timeout(BODY_SECS):
+                signed = self._signed(request, await request.read())
+        except TimeoutError:
+            raise web.HTTPRequestTimeout from None
+        self.house.door.authenticate(name, signed, self._now())
+        try:
+            return name, provider, signed, provider.call(signed)
         except MalformedFrame as error:
             self._log.warning("bad_webhook", provider=name, error=str(error))
-            return web.Response(status=400, text="this request names no call")
-        scheme, _, rest = self.settings.base_url(self.port).partition("://")
-        stream_url = f"{'wss' if scheme == 'https' else 'ws'}://{rest}/{name}/stream"
-        answer = provider.answer(signed, stream_url)
-        self._log.info("call_answered", provider=name, call_id=call.call_id, caller=call.caller, called=call.called)
-        return web.Response(status=answer.status, text=answer.body, content_type=answer.content_type)
+            raise web.HTTPBadRequest(text="this request names no call\n") from None
+
+    # --- streams ---
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         """The carrier connects a stream."""
         name, provider = self._provider(request)
         if request.headers.get("Upgrade", "").lower() != "websocket":
             return web.Response(text="a carrier's WebSocket connects here\n")  # load balancers ask like this
+        door = self.house.door
+        address = door.address(request.remote, request.headers.get("X-Forwarded-For", ""))
+        token = request.match_info.get("token", "")
+        admitted = door.knock(name, self._signed(request), token, address, self._now())
         try:
-            provider.authenticate(await self._signed(request))
-        except SignatureMismatch:
-            return web.Response(status=403)
-        socket = web.WebSocketResponse(
-            protocols=provider.subprotocols,
-            compress=False,
-            max_msg_size=LARGEST_FRAME,
-            heartbeat=HEARTBEAT_SECS,
-            timeout=FAREWELL_SECS,
-        )
-        await socket.prepare(request)
-        stream = Stream(self, name, socket, self._log.bind(provider=name))
-        self.streams[stream.session_id] = stream
-        try:
-            await stream.run()
-        except Exception:
-            stream.log.exception("stream_failed")
-            await socket.close(code=aiohttp.WSCloseCode.INTERNAL_ERROR)
-        finally:
-            del self.streams[stream.session_id]
+            socket = web.WebSocketResponse(
+                protocols=provider.subprotocols,
+                compress=False,
+                max_msg_size=LARGEST_FRAME,
+                heartbeat=HEARTBEAT_SECS,
+                timeout=FAREWELL_SECS,
+            )
+            await socket.prepare(request)
+        except BaseException:
+            door.leave(admitted)
+            raise
+        await Stream(self.house, name, provider.codec(), socket, admitted, self._log.bind(provider=name)).run()
         return socket
+
+    # --- for all ---
+
+    @web.middleware
+    async def _observe(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Refusals become bare status codes; what was asked is logged by its route, never by its path."""
+        try:
+            response = await handler(request)
+        except Refused as refused:
+            response = web.Response(status=refused.status)
+        route = request.match_info.route.resource
+        self._log.debug("request", route=route.canonical if route is not None else None, status=response.status)
+        return response
 
     def _provider(self, request: web.Request) -> tuple[str, Provider]:
         name = request.match_info["provider"]
@@ -317,33 +187,16 @@ class Server:
             raise web.HTTPNotFound(text="")
         return name, provider
 
-    async def _signed(self, request: web.Request) -> SignedRequest:
-        body = await request.read()
-        form = await request.post() if request.method == "POST" else request.query
-        return SignedRequest(
-            method=request.method,
-            url=self.settings.base_url(self.port) + request.raw_path,
-            headers={name.lower(): value for name, value in request.headers.items()},
-            body=body,
-            form={name: value for name, value in reversed([*form.items()]) if isinstance(value, str)},
-        )
+    def _signed(self, request: web.Request, body: bytes = b"") -> SignedRequest:
+        return SignedRequest.read(request.method, self.settings.base_url(self.port) + request.raw_path, request.headers, body)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
 
-def _link(service: Service, stream: Stream) -> Link:
-    match service:
-        case EchoService():
-            return EchoLink(service, stream)
-        case WebsocketService():
-            return WebsocketLink(service, stream)
+def _xml(answer: Answer) -> web.Response:
+    return web.Response(status=answer.status, text=answer.body, content_type=answer.content_type)
 
 
 async def _refuse_redirect(*_: object) -> None:
     raise aiohttp.ClientError("the service answered with a redirect; write the final URL into the configuration")
-
-
-def _is_frame(message: aiohttp.WSMessage) -> bool:
-    return message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY)
-
-
-def _named(route: object) -> str:
-    return "none" if route is None else "matched"

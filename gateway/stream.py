@@ -1,0 +1,303 @@
+"""One carrier's socket: its session, its link to a service, the tasks between them."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from dataclasses import dataclass, field
+
+import aiohttp
+from aiohttp import web
+from structlog.typing import FilteringBoundLogger
+
+from gateway.bus import Bus, Subscription
+from gateway.clock import Clock
+from gateway.door import Door, Pass
+from gateway.events import Checkpoint, Command, Event, Flow, Start, StopReason
+from gateway.media import Track
+from gateway.provider import Codec
+from gateway.routing import match
+from gateway.services import Link, ServiceLost
+from gateway.services.echo import EchoLink
+from gateway.services.websocket import WebsocketLink
+from gateway.session import Session
+from gateway.settings import EchoService, Route, Service, Settings, WebsocketService
+
+FAREWELL_SECS = 2.0
+"""How long a carrier may take to close after it was told to end, and a service to take its last messages."""
+
+REPLACED = 4409
+"""The close code for a stream whose call has come back with a newer one."""
+
+REMEMBERED_LOSSES = 1000
+"""Calls that ended because their service was lost, remembered for the carrier's next question."""
+
+
+@dataclass
+class House:
+    """What all streams of a process share."""
+
+    settings: Settings
+    bus: Bus
+    clock: Clock
+    http: aiohttp.ClientSession
+    door: Door
+    streams: dict[str, Stream] = field(default_factory=dict)
+    """By session id."""
+    conversations: dict[tuple[str, str], Stream] = field(default_factory=dict)
+    """By provider's name and call id: the one stream of a call that the service can speak on."""
+    service_lost: dict[tuple[str, str], None] = field(default_factory=dict)
+    """Calls, by provider's name and call id, whose last stream ended because of its service; the oldest first."""
+
+
+class Stream:
+    """One carrier's socket with its session and its link. The server makes one per connection and awaits `run`."""
+
+    def __init__(
+        self,
+        house: House,
+        provider_name: str,
+        codec: Codec,
+        socket: web.WebSocketResponse,
+        admitted: Pass,
+        log: FilteringBoundLogger,
+    ) -> None:
+        self.session_id = uuid.uuid4().hex
+        self.provider = provider_name
+        self.kind = house.settings.providers[provider_name].kind
+        self.http = house.http
+        self.log = log.bind(session=self.session_id)
+        self._house = house
+        self._admitted = admitted
+        self._entered = False
+        self._socket = socket
+        self._loop = asyncio.get_running_loop()
+        self._wake = asyncio.Event()
+        self._tasks: asyncio.TaskGroup
+        self._serving: asyncio.Task[None] | None = None
+        self._link: Link | None = None
+        self._began = self._loop.time()
+        self._armed = float("inf")
+        self._channel = house.bus.channel(self.session_id)
+        self.subscription: Subscription
+        self.start: Start
+        self.session = Session(
+            codec,
+            emit=self._emit,
+            note=self._note,
+            capacity_ms=house.settings.capacity_ms,
+        )
+
+    async def run(self) -> None:
+        """Carry the stream until one side ends it."""
+        self._house.streams[self.session_id] = self
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                writing = tasks.create_task(self._write())
+                try:
+                    await self._read()
+                finally:
+                    self.end(StopReason.CARRIER_CLOSED)
+                    if self._serving is not None:
+                        await asyncio.wait([self._serving], timeout=FAREWELL_SECS)
+                        self._serving.cancel()
+                    writing.cancel()
+        except Exception:
+            self.log.exception("stream_failed")
+            await self._socket.close(code=aiohttp.WSCloseCode.INTERNAL_ERROR)
+        finally:
+            self._leave()
+            self._summarize()
+
+    def end(self, reason: StopReason) -> None:
+        """End the stream from outside; the first reason counts."""
+        self.session.end(reason, self._loop.time())
+        self._wake.set()
+
+    # --- the line that links see ---
+
+    def perform(self, command: Command) -> None:
+        self.session.perform(command, self._loop.time())
+        self._wake.set()
+
+    def fault(self, code: str, message: str, ref: str | int | None) -> None:
+        self.session.fault(code, message, ref)
+
+    # --- carrier to gateway ---
+
+    async def _read(self) -> None:
+        session, loop = self.session, self._loop
+        try:
+            try:
+                async with asyncio.timeout(self._house.settings.start_timeout_secs):
+                    while session.start is None and not session.over:
+                        message = await self._socket.receive()
+                        if not _is_frame(message):
+                            return
+                        session.receive(message.data, loop.time())
+            except TimeoutError:
+                self.log.warning("no_start", after_secs=self._house.settings.start_timeout_secs)
+                session.close_code = aiohttp.WSCloseCode.POLICY_VIOLATION
+                self.end(StopReason.TIMEOUT)
+            async for message in self._socket:
+                if not _is_frame(message):
+                    return
+                session.receive(message.data, loop.time())
+                if session.over:
+                    self._wake.set()
+        except ConnectionError:
+            pass  # a ping met a closing transport: the same as a close
+
+    def _emit(self, event: Event) -> None:
+        if type(event) is Start:
+            self._open(event)
+        elif type(event) is Checkpoint:
+            self._wake.set()  # a stop may have waited for it
+        elif type(event) is Flow:
+            self.log.info("flow", state=event.state, buffered_ms=event.buffered_ms)
+        self._channel.publish(event)
+
+    def _open(self, start: Start) -> None:
+        """The start frame has come: if it may come in, find the service and let it take over."""
+        self.start = start
+        self.log = self.log.bind(call_id=start.call_id)
+        refusal = self._house.door.enter(self.provider, self._admitted, start, self._loop.time())
+        if refusal is not None:
+            self.log.warning("stream_refused", reason=refusal)
+            self.session.close_code = aiohttp.WSCloseCode.POLICY_VIOLATION
+            self._loop.call_soon(self.end, StopReason.PROTOCOL_ERROR)
+            return
+        self._entered = True
+        self._replace(start)
+        settings = self._house.settings
+        route = self._route(start)
+        label = route.label if route is not None else None
+        self.log.info("stream_started", stream_id=start.stream_id, media_format=str(start.media_format), route=label)
+        if route is None:
+            self.log.warning("no_route", caller=start.caller, called=start.called)
+            self._loop.call_soon(self.end, StopReason.SERVICE_LOST)
+            return
+        name = route.service[0]
+        service = settings.services[name]
+        track = service.track if isinstance(service, WebsocketService) else Track.INBOUND
+        self.subscription = Subscription(start.media_format, capacity_ms=settings.hold_ms, track=track)
+        self._channel.subscribe(self.subscription)
+        self._link = _link(service, self)
+        self._serving = self._tasks.create_task(self._serve(name, self._link))
+
+    def _route(self, start: Start) -> Route | None:
+        """The route that the webhook chose, or else the one for what the start frame says."""
+        settings, ticket = self._house.settings, self._admitted.ticket
+        chosen = settings.route(ticket.route) if ticket is not None else None
+        return chosen or match(settings.routes, provider=self.provider, called=start.called, caller=start.caller)
+
+    def _replace(self, start: Start) -> None:
+        """A call has one stream that is spoken on: a newer one takes over from one whose end we have not seen."""
+        if not start.accepts:
+            return
+        key = (self.provider, start.call_id)
+        older = self._house.conversations.get(key)
+        if older is not None:
+            older.log.warning("stream_replaced", by=self.session_id)
+            older.session.close_code = REPLACED
+            older.end(StopReason.CARRIER_CLOSED)
+        self._house.conversations[key] = self
+
+    def _leave(self) -> None:
+        """Give back everything this stream held of the house."""
+        house, session = self._house, self.session
+        house.streams.pop(self.session_id, None)
+        if not self._entered:
+            if session.start is None:
+                house.door.leave(self._admitted)
+            return
+        house.door.left(self.provider, self.start.call_id, self._loop.time())
+        key = (self.provider, self.start.call_id)
+        if house.conversations.get(key) is self:
+            del house.conversations[key]
+        if session.stop is not None and session.stop.reason is StopReason.SERVICE_LOST:
+            house.service_lost[key] = None
+            while len(house.service_lost) > REMEMBERED_LOSSES:
+                del house.service_lost[next(iter(house.service_lost))]
+
+    async def _serve(self, name: str, link: Link) -> None:
+        try:
+            await link.run()
+        except ServiceLost as error:
+            self.log.error("service_lost", service=name, error=str(error))
+            self.end(StopReason.SERVICE_LOST)
+
+    # --- gateway to carrier ---
+
+    async def _write(self) -> None:
+        session, loop, wake = self.session, self._loop, self._wake
+        try:
+            while True:
+                frame = session.next_frame(loop.time())
+                if frame is not None:
+                    await (self._socket.send_str(frame) if isinstance(frame, str) else self._socket.send_bytes(frame))
+                    continue
+                if session.over:
+                    break
+                due = session.next_due()
+                if due is not None and (due < self._armed or self._armed < loop.time()):
+                    self._armed = due
+                    self._house.clock.wake_at(due, wake.set)
+                await wake.wait()
+                wake.clear()
+            if session.farewell:
+                # The carrier was told and closes by itself; closing first would look like a failure to it.
+                await asyncio.sleep(FAREWELL_SECS)
+            await self._socket.close(code=session.close_code)
+        except ConnectionError:
+            pass  # the reader sees the same and ends the stream
+
+    # --- for the operator ---
+
+    def _note(self, what: str, values: dict[str, object]) -> None:
+        self.log.warning(what, **values)
+
+    def _summarize(self) -> None:
+        """The one canonical line of a stream."""
+        session, now = self.session, self._loop.time()
+        playout = session.playout
+        queued, played, cleared, lost = playout.totals(now) if playout is not None else (0, 0, 0, 0)
+        start = session.start
+        sample_bytes = start.media_format.sample_bytes if start is not None and start.media_format is not None else 1
+        received = self.subscription.offered_bytes if self._link is not None else session.received_bytes
+        forwarded = self._link.forwarded_bytes if self._link is not None else 0
+        self.log.info(
+            "stream_ended",
+            reason=session.stop.reason if session.stop is not None else None,
+            close_code=self._socket.close_code,
+            duration_secs=round(now - self._began, 3),
+            frames_in=session.frames_in,
+            frames_out=session.frames_out,
+            bad_frames=dict(session.bad),
+            unknown_frames=dict(session.unknown),
+            gap_ms=session.gap_ms,
+            faults=dict(session.faults),
+            checkpoints={str(outcome): count for outcome, count in session.outcomes.items()},
+            received_samples=received // sample_bytes,
+            forwarded_samples=forwarded // sample_bytes,
+            dropped_samples=(received - forwarded) // sample_bytes,
+            queued_samples=queued // sample_bytes,
+            played_samples=played // sample_bytes,
+            cleared_samples=cleared // sample_bytes,
+            lost_samples=lost // sample_bytes,
+            underruns=playout.underruns if playout is not None else 0,
+            refused_samples=playout.refused // sample_bytes if playout is not None else 0,
+        )
+
+
+def _link(service: Service, stream: Stream) -> Link:
+    match service:
+        case EchoService():
+            return EchoLink(service, stream)
+        case WebsocketService():
+            return WebsocketLink(service, stream)
+
+
+def _is_frame(message: aiohttp.WSMessage) -> bool:
+    return message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY)
