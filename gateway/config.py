@@ -29,9 +29,13 @@ _SCALAR_TAGS = {"str", "int", "float", "bool", "null", "timestamp", "merge", "va
 # Characters that YAML forbids, so that they can be shown with their place before a parser sees them.
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 _REFERENCE = re.compile(r"\$\$\{|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}|(?P<broken>\$\{)")
-_SECRET_KEY = re.compile(r"(?i)(secret|token|password|authorization|credential|api_?key)s?$")
+_SECRET_KEY = re.compile(r"(?i)(secret|token|password|authorization|credential|(api|signing)_?key)s?$")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_UNSIGNED = "signatures are not built yet in this version, only `auth: none` on a loopback `listen` is accepted"
+_NEEDED = {
+    "secret": "make one with `openssl rand -hex 32` and write secret: ${GATEWAY_SECRET}",
+    "public_url": "write what carriers dial, for instance public_url: https://voice.example.com",
+}
+"""Without these no signature can be checked and no stream URL signed."""
 
 Path_ = tuple[str | int, ...]
 
@@ -228,6 +232,9 @@ class _Reader:
         self._environ = environ
         self._secrets: set[str] = set()
         self._known: dict[str, list[str]] = {}
+        self._signed: list[str] = []
+        self._unsigned: list[str] = []
+        self._labels: set[str] = set()
 
     def settings(self, root: _Node) -> Settings | None:
         for top, entries in root.pairs:
@@ -244,8 +251,12 @@ class _Reader:
             if key in values and not values[key]:
                 self._report(nodes[key], (key,), "must not be empty", "no call could be taken")
         listen = values.get("listen", Settings.__struct_defaults__[0])
-        if listen is not _BAD and not is_loopback(host_port(listen)[0]):
-            self._report(nodes["listen"], ("listen",), "not a loopback address", _UNSIGNED, shown=_shown(listen))
+        if self._unsigned and listen is not _BAD and not is_loopback(host_port(listen)[0]):
+            who = f"provider {self._unsigned[0]} has `auth: none`, so anybody could call; give it its account's `auth_token`"
+            self._report(nodes["listen"], ("listen",), "not a loopback address", who, shown=_shown(listen))
+        for key, hint in _NEEDED.items():
+            if self._signed and values.get(key) is None:
+                self._report(nodes.get(key, root), (), f"missing key {key}", f"provider {self._signed[0]} needs it; {hint}")
         if values.get("admin") == listen and listen is not _BAD and host_port(listen)[1]:
             self._report(nodes["admin"], ("admin",), "the same as `listen`", "give it a port of its own", shown=_shown(listen))
         built = self._build(Settings, values, root, nodes, ())
@@ -273,9 +284,12 @@ class _Reader:
             return _BAD
         checks = []
         while isinstance(want, types.Metadata):
-            checks.append((want.extra or {}).get("check"))
+            extra = want.extra or {}
+            checks += [extra.get("check"), _readable if extra.get("file") else None]
             want = want.type
         try:
+            if _readable in checks and node.text.startswith("file:"):
+                raise _Wrong("what a file holds, where the path itself is wanted; write it without `file:`")
             if node.tag in ("int", "float"):  # a bare port is no address, with or without quotes
                 for check in filter(None, checks):
                     check(node.text)
@@ -461,12 +475,15 @@ class _Reader:
             auth = self.convert(given, types.type_info(Literal["none"] | None), (*path, "auth"))
         else:
             auth = None
-        if auth not in ("none", _BAD):
-            key = next((key for key, _ in node.pairs if key.text.startswith("auth")), node)
-            self._report(key, path, "no `auth: none`", _UNSIGNED)
-            if not nodes.keys() & {"auth", "auth_token"}:
-                return _BAD  # the struct would only say the same in its own words
-            auth = _BAD
+        if auth == "none":
+            self._unsigned.append(str(path[-1]))
+        elif auth is None:
+            credentials = {field.name for field in want.fields if _SECRET_KEY.search(field.name)}
+            if nodes.keys() & credentials or not credentials:  # one of another kind may know its carrier in its own way
+                self._signed.append(str(path[-1]))
+            else:
+                how = "write auth_token: ${NAME} with the account's token, or `auth: none` where `listen` is a loopback address"
+                return self._report(node, path, "missing key auth_token", how)
         config = self._build(want.cls, values, node, nodes, path)
         return _BAD if _BAD in (auth, config) else ProviderEntry(kind=kind, config=config, auth=auth)
 
@@ -474,6 +491,11 @@ class _Reader:
         provider: Any = values.get("provider")
         if provider not in (None, _BAD, *self._known.get("provider", (provider,))):
             self._unknown(nodes["provider"], (*path, "provider"), "provider", provider, self._known["provider"])
+        label = values.get("name")
+        if isinstance(label, str):
+            if label in self._labels:
+                self._report(nodes["name"], (*path, "name"), "a second route of this name", "choose another", shown=_shown(label))
+            self._labels.add(label)
         services = values.get("service")
         if not isinstance(services, tuple) or "service" not in nodes:
             return
@@ -563,6 +585,18 @@ def _file(name: str) -> str:
     if len(text) > 65_536 or not text.strip():
         raise _Wrong("the file is empty or larger than 64 KiB; write the one value into it")
     return text.removesuffix("\n").removesuffix("\r")
+
+
+def _readable(name: str) -> None:
+    """Raises ValueError unless `name` is a file that this process may read."""
+    hint = "write the path of a file that this user may read"
+    try:
+        if not Path(name).is_file():  # opening a FIFO would wait
+            raise ValueError(f"no such file; {hint}")
+        with Path(name).open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise ValueError(f"can't be read: {error.strerror}; {hint}") from None
 
 
 def _string(text: str, tag: str, want: types.StrType) -> str:

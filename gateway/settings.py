@@ -1,16 +1,17 @@
 """What an operator can set, as frozen structs with defaults. Nothing here reads a file: `gateway.config` does.
 
 A field's `Meta(extra={"check": f})` names a function that raises ValueError("what is wrong; what to write"), which
-`gateway.config` applies at the field's own place in the file.
+`gateway.config` applies at the field's own place in the file; `extra={"file": True}` says that the file must be readable.
 """
 
 from __future__ import annotations
 
-from ipaddress import ip_address
+import re
+from ipaddress import ip_address, ip_network
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, structs
 
 from gateway.media import Encoding, MediaFormat, Track
 
@@ -65,6 +66,8 @@ def _public_url(text: str) -> None:
         raise ValueError("has a query; write only scheme, host and perhaps port and path")
     if text.endswith("/"):
         raise ValueError(f"ends in a slash; write {text.rstrip('/')}")
+    if text.startswith("http:") and not is_loopback(urlsplit(text).hostname or ""):
+        raise ValueError(f"not https; calls go over the Internet in TLS only, write https{text.removeprefix('http')}")
 
 
 def _service_url(text: str) -> None:
@@ -87,15 +90,37 @@ def _pattern(text: str) -> None:
         raise ValueError('a pattern has no spaces; write for instance "+1415*" (`*` is any text, `?` one character)')
 
 
+def _route_name(text: str) -> None:
+    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]{0,31}", text):
+        raise ValueError("not a name; names are letters, digits, - and _, at most 32")
+    if re.fullmatch("route-[0-9]+", text):
+        raise ValueError("what routes without a name are called; choose another")
+
+
+def _network(text: str) -> None:
+    try:
+        network = ip_network(text)
+    except ValueError:
+        try:
+            hint = str(ip_network(text, strict=False))
+        except ValueError:
+            hint = 'for instance "10.0.0.0/8" or "::1"'
+        raise ValueError(f"not an address or a network of addresses; write {hint}") from None
+    if network.prefixlen == 0:
+        raise ValueError("that is everybody, and anybody could claim any address; write your proxies' own network")
+
+
 Address = Annotated[str, Meta(extra={"check": _address})]
 Pattern = Annotated[str, Meta(extra={"check": _pattern})]
+Network = Annotated[str, Meta(extra={"check": _network})]
+FilePath = Annotated[str, Meta(extra={"file": True})]
 
 
 class ProviderEntry(Struct, frozen=True):
     """One of `providers`: which carrier protocol, and that protocol's own options beside it.
 
     kind: the carrier protocol, one of `telephony-gateway providers`, or the dotted path of a module of your own; required.
-    auth: `none` admits unsigned requests; the only choice in this version, on a loopback `listen`.
+    auth: `none` admits unsigned requests, on a loopback `listen` only; default: signatures are required.
     config: the protocol's own options, an instance of `providers.load(kind).Config`; in a file they stand beside `kind`.
     """
 
@@ -146,6 +171,7 @@ class Route(Struct, frozen=True):
     """Who takes the calls that fit everything given here; the first route that fits counts.
 
     service: name of one of `services`; required.
+    name: what the route is called in logs and stream tokens, at most 32 characters; default `route-` and its place.
     provider: name of one of `providers`; default any.
     called: pattern of the number or SIP URI that was called, `*` any text, `?` one character; default any.
     caller: pattern of the number or SIP URI that calls; default any.
@@ -155,6 +181,23 @@ class Route(Struct, frozen=True):
     provider: str | None = None
     called: Pattern | None = None
     caller: Pattern | None = None
+    name: Annotated[str, Meta(extra={"check": _route_name})] | None = None
+
+    @property
+    def label(self) -> str:
+        """The route's name; of those without one, `route-` and the place in `Settings.routes`, from 0."""
+        return self.name or "route"
+
+
+class Tls(Struct, frozen=True):
+    """Where `listen` serves https and wss itself, without a proxy before it.
+
+    certificate: path of the certificate and its chain, PEM; required.
+    key: path of its private key, PEM without a passphrase; required.
+    """
+
+    certificate: FilePath
+    key: FilePath
 
 
 class Settings(Struct, frozen=True):
@@ -165,8 +208,13 @@ class Settings(Struct, frozen=True):
     routes: which service takes which call, a list; required.
     listen: address and port that carriers reach; port 0 picks a free one.
     admin: address and port that operators reach; checked, but nothing is served there in this version; default none.
-    public_url: what carriers dial, up to but without the provider's name; default `http://` and `listen`.
-    secret: signs stream tokens, the same on every instance behind `public_url`; checked, not used in this version; default none.
+    public_url: what carriers dial, https, up to but without the provider's name; required unless each provider has `auth: none`.
+    secret: signs stream URLs, the same on all instances (`openssl rand -hex 32`); required unless each provider has `auth: none`.
+    tls: certificate and key, and `listen` serves https and wss; default none, a proxy does that.
+    trusted_proxies: networks of the proxies whose X-Forwarded-For is believed, a list such as `10.0.0.0/8`.
+    max_calls: calls at once in each process; further ones are refused.
+    max_calls_per_second: new calls a second in each process, as many at once.
+    max_pending_per_address: connections of one address that have not sent their start frame.
     start_timeout_secs: how long a stream may take to send its start frame.
     capacity_ms: audio that may wait to be played to one caller.
     hold_ms: the caller's first words that are kept while the service is being dialled.
@@ -180,17 +228,30 @@ class Settings(Struct, frozen=True):
     admin: Address | None = None
     public_url: Annotated[str, Meta(extra={"check": _public_url})] | None = None
     secret: Annotated[str, Meta(min_length=16)] | None = None
+    tls: Tls | None = None
+    trusted_proxies: tuple[Network, ...] = ()
+    max_calls: Annotated[int, Meta(ge=1, le=100_000)] = 500
+    max_calls_per_second: Annotated[float, Meta(gt=0, le=100_000)] = 50.0
+    max_pending_per_address: Annotated[int, Meta(ge=1, le=100_000)] = 50
     start_timeout_secs: Annotated[float, Meta(gt=0, le=60)] = 10.0
     capacity_ms: Annotated[int, Meta(ge=1_000, le=3_600_000)] = 120_000
     hold_ms: Annotated[int, Meta(ge=0, le=60_000)] = 5_000
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
+    def __post_init__(self) -> None:
+        named = (route if route.name else structs.replace(route, name=f"route-{at}") for at, route in enumerate(self.routes))
+        structs.force_setattr(self, "routes", tuple(named))
+
+    def route(self, label: str) -> Route | None:
+        """The route with this label, or None: the configuration of whoever told the label is another one."""
+        return next((route for route in self.routes if route.label == label), None)
+
     def base_url(self, port: int | None = None) -> str:
-        """What carriers dial: `public_url`, else http on `listen` (`port` is the one really bound where `listen` says 0)."""
+        """What carriers dial: `public_url`, else http(s) on `listen` (`port` is the one really bound where `listen` says 0)."""
         if self.public_url is not None:
             return self.public_url
         host, configured = host_port(self.listen)
-        return f"http://{f'[{host}]' if ':' in host else host}:{port or configured}"
+        return f"{'https' if self.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port or configured}"
 
     def __repr__(self) -> str:
         return f"Settings(listen={self.listen!r}, providers={[*self.providers]}, services={[*self.services]}, …)"

@@ -19,7 +19,7 @@ import providers
 from gateway import config
 from gateway.errors import ConfigError
 from gateway.media import MULAW_8K, Encoding, MediaFormat, Track
-from gateway.settings import EchoService, ProviderEntry, Route, Settings, WebsocketService
+from gateway.settings import EchoService, ProviderEntry, Route, Settings, Tls, WebsocketService
 
 ROOT = Path(__file__).parent.parent
 SECRET = "s3cret-CANARY-value"  # never in any message
@@ -63,6 +63,8 @@ PROVIDERS = "providers: {p: {kind: acme.carrier, auth: none}}\n"
 SERVICES = "services: {echo: {kind: echo}}\n"
 ROUTES = "routes: [{service: echo}]\n"
 BASE = PROVIDERS + SERVICES + ROUTES
+DOOR = "public_url: https://voice.example.com\nsecret: ${TOKEN}\n"
+SIGNED = 'providers: {p: {kind: acme.carrier, auth_token: "${TOKEN}"}}\n' + SERVICES + ROUTES
 
 
 def with_provider(fields: str) -> str:
@@ -101,7 +103,7 @@ def test_the_shortest_useful_file_has_three_lines() -> None:
     assert settings.providers["phone"].kind == kind
     assert isinstance(settings.providers["phone"].config, providers.load(kind).Config)
     assert settings.services == {"echo": EchoService()}
-    assert settings.routes == (Route(service=("echo",)),)
+    assert settings.routes == (Route(service=("echo",), name="route-0"),)
     assert settings.listen == "127.0.0.1:8080"
     assert settings.base_url() == "http://127.0.0.1:8080"
 
@@ -122,6 +124,11 @@ listen: "[::1]:0"
 admin: localhost:9090
 public_url: https://voice.example.com/tel
 secret: ${TOKEN}
+tls: {certificate: "${FILE}", key: "${FILE}"}
+trusted_proxies: [10.0.0.0/8, "::1"]
+max_calls: 100
+max_calls_per_second: 12.5
+max_pending_per_address: 10
 start_timeout_secs: 2.5
 capacity_ms: 60_000
 hold_ms: ${HOLD:-1000}
@@ -139,11 +146,11 @@ services:
     track: outbound
   echo: {kind: echo, delay_ms: 500}
 routes:
-  - {provider: p, called: "+91*", service: [agent]}
+  - {name: india, provider: p, called: "+91*", service: [agent]}
   - {caller: "sip:*@example.com", service: echo}
   - service: echo
 """
-    settings = parse(text, TOKEN=SECRET, TENANT="1415")
+    settings = parse(text, TOKEN=SECRET, TENANT="1415", FILE=__file__)
 
     assert settings == Settings(
         providers={
@@ -163,14 +170,19 @@ routes:
             "echo": EchoService(delay_ms=500),
         },
         routes=(
-            Route(service=("agent",), provider="p", called="+91*"),
-            Route(service=("echo",), caller="sip:*@example.com"),
+            Route(service=("agent",), provider="p", called="+91*", name="india"),
+            Route(service=("echo",), caller="sip:*@example.com", name="route-1"),
             Route(service=("echo",)),
         ),
         listen="[::1]:0",
         admin="localhost:9090",
         public_url="https://voice.example.com/tel",
         secret=SECRET,
+        tls=Tls(certificate=__file__, key=__file__),
+        trusted_proxies=("10.0.0.0/8", "::1"),
+        max_calls=100,
+        max_calls_per_second=12.5,
+        max_pending_per_address=10,
         start_timeout_secs=2.5,
         capacity_ms=60_000,
         hold_ms=1000,
@@ -188,6 +200,33 @@ def test_loopback_addresses(listen: str) -> None:
 def test_the_derived_url_takes_the_port_really_bound() -> None:
     assert parse(BASE + "listen: 127.0.0.1:0").base_url(4711) == "http://127.0.0.1:4711"
     assert parse(BASE + 'listen: "[::1]:80"').base_url() == "http://[::1]:80"
+
+
+def test_with_tokens_any_address_may_listen() -> None:
+    settings = parse(SIGNED + DOOR + "listen: 0.0.0.0:8080", TOKEN=SECRET)
+
+    assert settings.listen == "0.0.0.0:8080"
+    assert settings.providers["p"].auth is None
+    assert settings.secret == SECRET
+
+
+def test_with_a_certificate_the_derived_url_is_https() -> None:
+    settings = parse(BASE + f"tls: {{certificate: {__file__}, key: {__file__}}}")
+
+    assert settings.base_url() == "https://127.0.0.1:8080"
+
+
+def test_a_loopback_url_needs_no_tls() -> None:
+    assert parse(BASE + "public_url: http://localhost:8080").base_url() == "http://localhost:8080"
+
+
+def test_a_route_is_found_by_its_label() -> None:
+    settings = parse(PROVIDERS + SERVICES + "routes: [{service: echo, caller: a}, {service: echo, name: b}, {service: echo}]")
+
+    assert [route.label for route in settings.routes] == ["route-0", "b", "route-2"]
+    assert settings.route("b") is settings.routes[1]
+    assert settings.route("route-2") is settings.routes[2]
+    assert settings.route("route-1") is None
 
 
 def test_secrets_from_files(tmp_path: Path) -> None:
@@ -236,7 +275,7 @@ BROKEN: list[tuple[str, str]] = [
     ("‸<<: {a: 1}\n" + BASE, "merge keys are refused"),
     # keys
     (BASE + "‸lisen: 127.0.0.1:80", "unknown key: 'lisen'; did you mean listen? known: providers,"),
-    (BASE + "‸max_calls: 3", "unknown key: 'max_calls'; known:"),
+    (BASE + "‸max_messages: 3", "unknown key: 'max_messages'; known:"),
     (BASE + "listen: 127.0.0.1:80\n‸listen: 127.0.0.1:81", "duplicate key: 'listen'; it stands in line 4 already"),
     (BASE + "‸12: x", "a key that YAML reads as int: '12'; write it in quotes"),
     (BASE + "? ‸[a]\n: x", "a key must be text"),
@@ -247,7 +286,7 @@ BROKEN: list[tuple[str, str]] = [
     # settings of the gateway
     (BASE + "listen: ‸8080", "listen: not host:port: '8080'; write for instance"),
     (BASE + "listen: ‸127.0.0.1:99999", "listen: not host:port: '127.0.0.1:99999'"),
-    (BASE + "listen: ‸0.0.0.0:8080", "listen: not a loopback address: '0.0.0.0:8080'; signatures are not built yet"),
+    (BASE + "listen: ‸0.0.0.0:8080", "listen: not a loopback address: '0.0.0.0:8080'; provider p has `auth: none`"),
     (BASE + "listen: ‸example.com:80", "not a loopback address"),
     (BASE + 'listen: ‸"::1:80"', "an IPv6 address needs brackets"),
     (BASE + 'listen: ‸":80"', "no host before the port"),
@@ -262,6 +301,24 @@ BROKEN: list[tuple[str, str]] = [
     (BASE + 'public_url: ‸"https://a b"', "printable ASCII"),
     (BASE + "public_url: ‸https://", "names no host"),
     (BASE + "public_url: ‸https://[x", "not a URL"),
+    (BASE + "public_url: ‸http://voice.example.com/x", "not https: 'http://voice.example.com/x'; calls go"),
+    ("‸" + SIGNED + "public_url: https://a.example", "missing key secret; provider p needs it; make one with `openssl rand -hex"),
+    ("‸" + SIGNED + "secret: ${TOKEN}", "missing key public_url; provider p needs it; write what carriers dial"),
+    (SIGNED + "public_url: https://a.example\n‸secret:", "missing key secret"),
+    (BASE + f"tls: ‸{{certificate: {__file__}}}", "tls: missing key key; expected text"),
+    (
+        BASE + f"tls: {{certificate: {__file__}, key: ‸/no/key.pem}}",
+        "tls.key: no such file: '/no/key.pem'; write the path",
+    ),
+    (BASE + f"tls: {{certificate: {__file__}, key: ‸/dev/zero}}", "tls.key: no such file: '/dev/zero'"),
+    (BASE + f"tls: {{certificate: ‸file:{__file__}, key: {__file__}}}", "tls.certificate: what a file holds, where the path"),
+    (BASE + "tls: ‸yes", "tls: expected keys and values: 'yes'; known keys: certificate, key"),
+    (BASE + "trusted_proxies: ‸10.0.0.1/8", "not an address or a network of addresses: '10.0.0.1/8'; write 10.0.0.0/8"),
+    (BASE + "trusted_proxies: [‸proxy]", "trusted_proxies[0]: not an address or a network of addresses: 'proxy'; write for inst"),
+    (BASE + "trusted_proxies: [‸0.0.0.0/0]", "trusted_proxies[0]: that is everybody, and anybody could claim any address"),
+    (BASE + "max_calls: ‸0", "max_calls: out of range: '0'; expected a whole number from 1 to 100000"),
+    (BASE + "max_calls_per_second: ‸0", "max_calls_per_second: out of range: '0'; expected a number above 0"),
+    (BASE + "max_pending_per_address: ‸2.5", "max_pending_per_address: expected a whole number"),
     (BASE + "secret: ‸s3cret-CANARY", "secret: too short: ***; at least 16 characters"),
     (BASE + "secret: ‸1234567890123456", "secret: YAML reads this as a number: ***; write it in quotes"),
     (BASE + "secret: ‸${NOPE}", "secret: environment variable NOPE is not set; set it"),
@@ -298,9 +355,8 @@ BROKEN: list[tuple[str, str]] = [
     ('providers: {‸"p/q": {kind: acme.carrier, auth: none}}\n' + SERVICES + ROUTES, "providers: not a name: 'p/q'"),
     (
         "providers:\n  p: ‸{kind: acme.carrier, gain: 1}\n" + SERVICES + ROUTES,
-        "providers.p: no `auth: none`; signatures are not built yet in this version",
+        "providers.p: missing key auth_token; write auth_token: ${NAME} with the account's token, or `auth: none`",
     ),
-    (with_provider('‸auth_token: "${TOKEN}"'), "providers.p: no `auth: none`; signatures are not built yet"),
     (with_provider("auth: ‸no"), "providers.p.auth: unknown value: 'no'; did you mean none? known: none"),
     (
         'providers:\n  p: ‸{kind: acme.carrier, auth: none, auth_token: "${TOKEN}"}\n' + SERVICES + ROUTES,
@@ -335,12 +391,18 @@ BROKEN: list[tuple[str, str]] = [
     (with_service('kind: websocket, url: "ws://x", authorization: ‸Bearer x'), 'the word "Bearer" is added for you: ***'),
     # routes
     (with_route("{service: ‸ecko}"), "routes[0].service: unknown service: 'ecko'; did you mean echo? known: echo"),
+    (
+        with_route("{service: echo, name: ‸a b}"),
+        "routes[0].name: not a name: 'a b'; names are letters, digits, -",
+    ),
+    (with_route("{service: echo, name: ‸route-7}"), "routes[0].name: what routes without a name are called: 'route-7'"),
+    (with_route("{service: echo, name: a}\n  - {service: echo, name: ‸a}"), "routes[1].name: a second route of this name: 'a'"),
     (with_route("{service: ‸[]}"), "routes[0].service: an empty list; name one of `services`"),
     (with_route("{service: ‸[echo, echo]}"), "a list of services can't be tried in order yet in this version; name one"),
     (with_route("{provider: ‸q, service: echo}"), "routes[0].provider: unknown provider: 'q'; known: p"),
     (with_route("‸{}"), "routes[0]: missing key service; expected text"),
     (with_route("‸echo"), "routes[0]: expected keys and values: 'echo'"),
-    (with_route("{service: echo, ‸listeners: [a]}"), "unknown key: 'listeners'; known: service, provider, called, caller"),
+    (with_route("{service: echo, ‸listeners: [a]}"), "unknown key: 'listeners'; known: service, provider, called, caller, name"),
     (with_route("{called: ‸+14155550100, service: echo}"), "a number: '+14155550100'; write it in quotes: \"+14155550100\""),
     (with_route("{called: ‸911, service: echo}"), "YAML reads this as a number: '911'; write it in quotes: \"911\""),
     (with_route("{caller: ‸no, service: echo}"), "YAML reads this as true or false: 'no'; write it in quotes: \"no\""),
@@ -505,13 +567,14 @@ def test_any_tree_raises_config_error_or_nothing(tree: dict[str, Any]) -> None:
 
 # --- the files in config/ ------------------------------------------------------------------------------------------------
 
-ENVIRON = {"GATEWAY_SECRET": SECRET, "AGENT_TOKEN": SECRET}
+ENVIRON = dict.fromkeys(["GATEWAY_SECRET", "TWILIO_AUTH_TOKEN", "PLIVO_AUTH_TOKEN", "AGENT_TOKEN"], SECRET)
 
 
 def sections() -> dict[str, type[msgspec.Struct]]:
     """Every struct that an operator can fill in, by its heading in the reference."""
     found: dict[str, type[msgspec.Struct]] = {
         "The file": Settings,
+        "`tls`": Tls,
         "`providers`: each": ProviderEntry,
         **{f"`providers`: `kind: {kind}`": providers.load(kind).Config for kind in providers.names()},
         "`services`: `kind: websocket`": WebsocketService,
@@ -603,19 +666,31 @@ def test_the_example_loads() -> None:
     settings = config.load(ROOT / "config" / "gateway.example.yaml", environ=ENVIRON)
 
     assert {entry.kind for entry in settings.providers.values()} == {*providers.names()}
+    assert {entry.auth for entry in settings.providers.values()} == {None}
+
+
+def test_the_example_names_every_variable_that_it_needs() -> None:
+    introduction = (ROOT / "config" / "gateway.example.yaml").read_text().partition("\n\n")[0]
+
+    for name in ENVIRON:
+        assert name in introduction
+        with pytest.raises(ConfigError, match=f"{name} is not set"):
+            config.load(
+                ROOT / "config" / "gateway.example.yaml", environ={key: value for key, value in ENVIRON.items() if key != name}
+            )
 
 
 def test_the_example_has_every_option() -> None:
     text = (ROOT / "config" / "gateway.example.yaml").read_text()
-    tree = yaml.safe_load(text)
-    instead_of_auth = {"auth_token", "signing_key"}
+    tree = yaml.safe_load(re.sub(r"(?m)^# (?=tls: )", "", text))
+    in_comments = {"auth", "signing_key"}
 
     assert {*tree} == {*keys_of(Settings)}
     for kind in providers.names():
         entries = [entry for entry in tree["providers"].values() if entry["kind"] == kind]
         wanted = {*keys_of(ProviderEntry), *keys_of(providers.load(kind).Config)}
-        assert set().union(*entries) == wanted - instead_of_auth
-        for alternative in wanted & instead_of_auth:
+        assert set().union(*entries) == wanted - in_comments
+        for alternative in wanted & in_comments:
             block = text[text.index(f"kind: {kind}") :]
             assert f"# {alternative}: " in block[: block.index("kind:", 10)]
     for service in (WebsocketService, EchoService):
@@ -624,7 +699,7 @@ def test_the_example_has_every_option() -> None:
     assert set().union(*tree["routes"]) == {*keys_of(Route)}
     for struct in sections().values():
         for key in keys_of(struct):
-            assert re.search(rf"(?m)(^ *|[{{,#-] ){key}:", text), key
+            assert re.search(rf"(?m)(^ *|[{{,#-] ?){key}:", text), key
     for key in keys_of(MediaFormat):
         assert re.search(rf"[{{ ]{key}: ", text), key
 
