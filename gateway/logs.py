@@ -41,18 +41,33 @@ _SECRETS = (
     "credentials",
     "cookie",
     "api_key",
+    "signing_key",
     "payload",
 )
 _NUMBERS = ("caller", "called", "from", "to", "number", "phone")
 _WORDS = ("digits", "text", "transcript", "heard", "handoff", "parameters", "extra_headers", "body")
+_PROSE = {"message", "detail", "details", "error", "errors", "reason", "exception", "problem", "cause"}
 _KEY_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
+_VERSION = re.compile(r"(?i)([-_]?ma)?[-_]?v\d+([-_]?nonce)?$")  # X-Plivo-Signature-Ma-V3
 _NO_NUMBER = {"", "anonymous", "private", "restricted", "unavailable", "unknown"}
 
 # In running text (a URL, somebody else's message, a traceback): phone numbers, bearer tokens, stream tokens, `token=…`.
 _NUMBER = re.compile(r"(?:(?<![\w])\+|%2[Bb])\d{7,15}(?!\d)|(?<![\w.-])\d{10,15}(?![\w.-])")
-_CREDENTIAL = re.compile(r"(?i)\b(bearer|basic)\s+\S+|(/stream/)[^\s/?\"']+")
+_CREDENTIAL = re.compile(r"(?i)\b(bearer|basic)\s+\S+|((?:/|%2F)stream(?:/|%2F))[^\s/?\"'%]+")
 _ASSIGNED = re.compile(
-    r"""(?i)((?:token|secret|password|authorization|signature|api_?key)s?["']?\s*[=:]\s*["']?)(?!\s)[^\s"'&,;)}\]]+"""
+    r"""(?i)((?:token|secret|password|authorization|(?:api|signing)_?key)s?["']?\s*[=:]\s*["']?)(?!\s)[^\s"'&,;)}\]]+"""
+)
+_SIGNATURE = re.compile(
+    r"""(?i)(signature(?:-ma)?(?:-v\d)?(?:-nonce)?["']?\s*[=:]\s*["']?)(?!\s)[^\s"'&,;)}\]]+(?:,[^\s"'&,;)}\]]+|,\s+[\w+/=-]{16,})*"""
+)
+
+# In what somebody else wrote about an error, more is taken for private: any long number, unless a hexadecimal id is around it,
+# and what a frame or a struct that is quoted there says of digits, words and custom parameters.
+_LONG_NUMBER = re.compile(r"(?<![A-Za-z0-9])(?<![0-9A-Fa-f]{4}-)\+?\d{8,}(?![A-Za-z0-9]|-[0-9A-Fa-f]{4}-)")
+_QUOTED = re.compile(
+    r"""(?i)((?<![a-z])(?:custom_?parameters|parameters|extra_?headers|digits?|text|transcript|heard|handoff(?:_?data)?|voice_?prompt)
+    ["']?\s*[=:]\s*)(?:\{.*|"(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?|[0-9*#]+)""",
+    re.VERBOSE,
 )
 
 
@@ -113,7 +128,7 @@ def redact(_logger: Any, _method: str, event: EventDict) -> EventDict:
 @lru_cache(maxsize=1024)
 def _treatment(key: str) -> Callable[[Any], Any] | None:
     """How values under `key` are masked: by its last word, whatever its spelling (`auth_token`, `authToken`, `X-Auth-Token`)."""
-    words = [word.lower() for word in _KEY_WORD.findall(key)]
+    words = [word.lower() for word in _KEY_WORD.findall(_VERSION.sub("", key))]
     tails = {"_".join(words[-1:]), "_".join(words[-2:])}
     if tails & set(_SECRETS):
         return lambda value: value if value is None or isinstance(value, bool) else _MASK
@@ -122,6 +137,12 @@ def _treatment(key: str) -> Callable[[Any], Any] | None:
     if tails & set(_WORDS):
         return lambda value: None if value is None else f"<{len(value) if hasattr(value, '__len__') else len(str(value))}>"
     return None
+
+
+@lru_cache(maxsize=1024)
+def _is_prose(key: str) -> bool:
+    """Whether values under `key` are what somebody else said."""
+    return (_KEY_WORD.findall(key) or [""])[-1].lower() in _PROSE
 
 
 def _clean(key: str, value: Any, depth: int) -> Any:
@@ -136,7 +157,7 @@ def _clean(key: str, value: Any, depth: int) -> Any:
         return value if math.isfinite(value) else str(value)
     if isinstance(value, str):
         limit = _MAX_TRACEBACK if key == "exception" else _MAX_TEXT
-        text = _scrub(str(value[: limit * 2]))
+        text = _scrub(str(value[: limit * 2]), prose=_is_prose(key))
         return text if len(text) <= limit else f"{text[:limit]}…"
     if isinstance(value, (bytes, bytearray, memoryview)):
         return f"<{len(value)} bytes>"
@@ -147,9 +168,9 @@ def _clean(key: str, value: Any, depth: int) -> Any:
     if isinstance(value, Mapping):
         return {_scrub(_text(name)): _clean(_text(name), one, depth + 1) for name, one in list(value.items())[:_MAX_ITEMS]}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_clean("", one, depth + 1) for one in list(value)[:_MAX_ITEMS]]
+        return [_clean(key, one, depth + 1) for one in list(value)[:_MAX_ITEMS]]
     text = f"{type(value).__name__}: {_text(value)}" if isinstance(value, BaseException) else _text(value)
-    return _scrub(text[:_MAX_TEXT])
+    return _scrub(text[:_MAX_TEXT], prose=isinstance(value, BaseException) or _is_prose(key))
 
 
 def _text(value: Any) -> str:
@@ -159,12 +180,15 @@ def _text(value: Any) -> str:
         return f"<{type(value).__name__}>"
 
 
-def _scrub(text: str) -> str:
-    if text.isidentifier():
-        return text  # one plain word: none of the patterns can be in it
+def _scrub(text: str, *, prose: bool = False) -> str:
+    if text.isidentifier() and not prose:
+        return text  # one plain word: none of the other patterns can be in it
     text = _NUMBER.sub(lambda found: mask_number(found[0].replace("%2B", "+").replace("%2b", "+")), text)
     text = _CREDENTIAL.sub(lambda found: f"{found[1] + ' ' if found[1] else found[2]}{_MASK}", text)
-    return _ASSIGNED.sub(rf"\1{_MASK}", text)
+    text = _SIGNATURE.sub(rf"\1{_MASK}", _ASSIGNED.sub(rf"\1{_MASK}", text))
+    if prose:
+        text = _LONG_NUMBER.sub(lambda found: mask_number(found[0]), _QUOTED.sub(rf"\1{_MASK}", text))
+    return text
 
 
 # --- rendering -----------------------------------------------------------------------------------------------------------

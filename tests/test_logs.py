@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -169,6 +170,11 @@ def cleaned(**values: Any) -> dict[str, Any]:
         "auth_token",
         "authToken",
         "X-Twilio-Signature",
+        "X-Plivo-Signature-V2",
+        "x-plivo-signature-v3",
+        "X-Plivo-Signature-Ma-V3",
+        "X-Plivo-Signature-V3-Nonce",
+        "signing_key",
         "secret",
         "Authorization",
         "payload",
@@ -247,6 +253,105 @@ def test_canaries_never_appear(text: str, as_json: bool, capsys: pytest.CaptureF
     assert written.count("\n") == 3
     assert NUMBER.removeprefix("+") not in written
     assert TOKEN not in written
+
+
+SIGNATURE = "kSZb9q0L7p3+w/CANARYsigned0Zx="
+PRIVATE = [
+    (TOKEN, ["GET /twilio/stream/{} failed", "wss://a.example/x/stream/{}?a=1", "https%3A%2F%2Fa%2Fstream%2F{}%3Fa"]),
+    (SIGNATURE, ["X-Twilio-Signature: {}", "'X-Plivo-Signature-V3': '{}'", "x-plivo-signature-ma-v3={}"]),
+    (SIGNATURE, ["X-Plivo-Signature-V3: abc,{},def", "X-Plivo-Signature-V3: abcdefghijklmnop, {}", "signature={}&a=1"]),
+]
+PRIVATE_IN_ERRORS = [
+    ("4155550123", ["no such number: {}", "number 0{} is busy", "(tel {})", "to=+1{}", "x_{}_y", "a-{}-b", "sip:{}@host", "{}."]),
+    ("55501234", ["no such number: {}", "+{}", "{}\nagain"]),
+    ("00112233445566778899", ["too long: {}"]),
+    ("4711", ["Dtmf(digits='{}', ref=None)", '{{"digit": "{}"}}', "digits={} are not sent", "parameters={{'pin': '{}'}}"]),
+    (
+        "4711",
+        ['customParameters: {{"a": {{}}, "pin": "{}"}}', "Start(call_id='CA1', parameters={{'a': {{}}, 'b': '{}'}})"],
+    ),
+    ("my mother's name", ['{{"voicePrompt": "{}"}}', 'Transcript(text="{}", final=True)', '"handoffData": "a \\" {}"']),
+]
+
+
+def in_every_place(key: str, text: str) -> str:
+    """What is written of `text`, alone, inside of other things, and as an exception."""
+    places = [text, [text], {"inner": [{key: text}]}, (text,), {text: 1}]
+    return "\n".join(json.dumps(cleaned(**{key: place}), ensure_ascii=False) for place in places)
+
+
+@pytest.mark.parametrize(("canary", "text"), [(canary, text) for canary, texts in PRIVATE for text in texts])
+@pytest.mark.parametrize("key", ["reason", "error", "url", "path", "event"])
+def test_stream_tokens_and_signatures_are_masked_in_any_text(canary: str, text: str, key: str) -> None:
+    assert canary not in in_every_place(key, text.format(canary))
+    assert canary not in json.dumps(cleaned(failure=ValueError(text.format(canary))))
+
+
+@pytest.mark.parametrize(("canary", "text"), [(canary, text) for canary, texts in PRIVATE_IN_ERRORS for text in texts])
+@pytest.mark.parametrize("key", ["message", "detail", "error", "reason", "last_error", "exception"])
+def test_error_texts_tell_no_numbers_digits_or_words(canary: str, text: str, key: str) -> None:
+    filled = text.format(canary)
+
+    assert canary not in json.dumps(cleaned(**{key: filled}))
+    assert canary not in json.dumps(cleaned(**{key: [filled, {"error": filled}]}))
+    assert canary not in json.dumps(cleaned(failure=ValueError(filled)))
+    assert canary not in json.dumps(cleaned(failures=[RuntimeError(filled)]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "stream MZ0123456789abcdef0123456789abcdef is unknown",
+        "call 20170ada-f610-433b-8758-001122334455 has ended",
+        "call 12345678-f610-433b-8758-12345678abcd has ended",
+        "error 31951 after 120000 ms on port 8080",
+        "digits: too many",
+        "2026-11-20T08:48:51.123456Z",
+        "parameters: too long",
+        "the signature is wrong; tried https://voice.example.com/twilio/answer",
+        "GET /twilio/stream is refused",
+    ],
+)
+def test_error_texts_stay_readable(text: str) -> None:
+    assert cleaned(error=text) == {"error": text}
+
+
+around = st.text(alphabet=st.sampled_from(" ,;:\n\t()[]{}<>'\"/=é…"), max_size=6)
+
+
+@given(
+    st.sampled_from(["error", "detail", "message", "reason", "connect_error"]),
+    around,
+    around,
+    st.integers(10_000_000, 10**16),
+    st.sampled_from(["", "+", "00", "tel:", "sip:"]),
+    st.booleans(),
+)
+def test_no_number_gets_out_of_an_error_text(key: str, before: str, after: str, number: int, plus: str, nested: bool) -> None:
+    text = f"{before}{plus}{number}{after}"
+
+    said = json.dumps(cleaned(**{key: [{"error": text}] if nested else text}), ensure_ascii=False)
+
+    assert str(number) not in said
+
+
+@given(around, around, st.text("abcXYZ019_-", min_size=12, max_size=60), st.sampled_from(["/", "%2F", "%2f"]), st.booleans())
+def test_no_stream_token_gets_out_of_any_text(before: str, after: str, token: str, slash: str, library: bool) -> None:
+    text = f"{before}wss:{slash}twilio{slash}stream{slash}{token}{after}"
+
+    event = {"message": text} if library else {"anything": {"a": [text], text: 1}, "event": text}
+
+    assert token not in json.dumps(cleaned(**event), ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    "text", ["1" * 40_000, "+1" * 20_000, "signature=a," * 3_000, "parameters={" * 3_000, "digits='" * 5_000]
+)
+def test_no_text_takes_long(text: str) -> None:
+    began = time.perf_counter()
+    cleaned(exception=text)
+
+    assert time.perf_counter() - began < 1
 
 
 def test_ids_stay_readable() -> None:
