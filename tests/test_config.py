@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import providers
@@ -29,6 +29,7 @@ class Acme(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The options of a provider that lives outside this tree."""
 
     auth_token: str | list[str] | None = None
+    signing_key: str | None = None
     auth: Literal["none"] | None = None
     media_format: MediaFormat = MULAW_8K
     parameters: dict[str, str] = {}
@@ -43,9 +44,19 @@ class Acme(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("`lead_ms` is 13; that brings bad luck")
 
 
+class Own(msgspec.Struct, frozen=True):
+    """The options of one that needs no secret of ours."""
+
+    certificate_name: str = ""
+
+
 @pytest.fixture(autouse=True)
 def _acme(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, content in {"acme.carrier": {"Provider": type("Provider", (), {"Config": Acme})}, "acme.empty": {}}.items():
+    for name, content in {
+        "acme.carrier": {"Provider": type("Provider", (), {"Config": Acme})},
+        "acme.own": {"Provider": type("Provider", (), {"Config": Own})},
+        "acme.empty": {},
+    }.items():
         module = types.ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
@@ -210,6 +221,19 @@ def test_with_tokens_any_address_may_listen() -> None:
     assert settings.secret == SECRET
 
 
+def test_any_of_a_providers_secrets_will_do() -> None:
+    settings = parse(with_provider('signing_key: "${TOKEN}"') + DOOR, TOKEN=SECRET)
+
+    assert settings.providers["p"].config == Acme(signing_key=SECRET)
+
+
+def test_a_provider_of_another_kind_may_know_its_carrier_in_its_own_way() -> None:
+    text = "providers: {p: {kind: acme.own}}\n" + SERVICES + ROUTES
+
+    assert parse(text + DOOR + "listen: 0.0.0.0:80", TOKEN=SECRET).providers["p"].auth is None
+    assert len(findings(text)) == 2  # secret and public_url are needed all the same
+
+
 def test_with_a_certificate_the_derived_url_is_https() -> None:
     settings = parse(BASE + f"tls: {{certificate: {__file__}, key: {__file__}}}")
 
@@ -363,6 +387,8 @@ BROKEN: list[tuple[str, str]] = [
         "providers.p: give exactly one of auth and auth_token, not ***",
     ),
     (with_provider("auth: none, ‸auth_tokn: s3cret-CANARY-value"), "unknown key: 'auth_tokn'; did you mean auth_token?"),
+    (with_provider("auth: none, signing_key: ‸[s3cret-CANARY-value]"), "providers.p.signing_key: expected text, found a list"),
+    (with_provider("auth: none, signing_key: ‸1234567890"), "signing_key: YAML reads this as a number: ***"),
     (with_provider("auth: none, lead_ms: ‸13"), "providers.p.lead_ms: `lead_ms` is 13; that brings bad luck"),
     (with_provider("auth: none, noise: ‸maybe"), "providers.p.noise: expected true or false: 'maybe'"),
     (with_provider("auth: none, gain: ‸loud"), "providers.p.gain: expected a number: 'loud'"),
@@ -559,6 +585,7 @@ plain: Any = st.recursive(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # the first text of a run costs seconds on a busy machine
 @given(st.dictionaries(st.sampled_from([*Settings.__struct_fields__]), plain))
 def test_any_tree_raises_config_error_or_nothing(tree: dict[str, Any]) -> None:
     survives(yaml.safe_dump(tree, allow_unicode=True))
