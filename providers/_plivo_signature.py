@@ -77,10 +77,10 @@ def _complaint(request: SignedRequest, *, accept_v2: bool) -> str:
 def _forms(request: SignedRequest) -> list[str]:
     """Scheme, host, port and path, as dialled; of a WebSocket in each of the schemes."""
     base = request.url.partition("#")[0].partition("?")[0]
-    if not _signature.is_upgrade(request):
+    scheme, _, rest = base.partition("://")
+    if not _signature.is_upgrade(request) or scheme not in ("http", "https", "ws", "wss"):
         return [base]
-    _, colon, rest = base.partition("://")
-    return [f"{scheme}{colon}{rest}" for scheme in _UPGRADE_SCHEMES]
+    return [f"{each}://{rest}" for each in _UPGRADE_SCHEMES]
 
 
 def _tail(request: SignedRequest) -> tuple[str, bool]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from typing import Any, get_args
+from urllib.parse import urlencode
+from xml.etree import ElementTree
 from xml.parsers import expat
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from rich.pretty import pretty_repr
 
 import providers
 from gateway.errors import MalformedFrame, NotStarted, SignatureMismatch, UnsupportedCommand
@@ -42,6 +45,7 @@ from gateway.events import (
 from gateway.media import MULAW_8K, MediaFormat, Track
 from gateway.provider import Call, Codec, Dial, SignedRequest
 
+steady = settings(deadline=None)  # other tests run beside these: a slow moment is no failure
 every_provider = pytest.mark.parametrize("kind", providers.names())
 
 CALL = Call("CA0001", "+15550100001", "+15550100002", "inbound", "AC0001")
@@ -225,13 +229,156 @@ def test_streams_do_not_share_state(kind: str) -> None:
         assert heard.stream_id == stream_id
 
 
+# --- signatures ----------------------------------------------------------------------------------------------------------
+
+
+def requests(kind: str) -> list[SignedRequest]:
+    """A webhook by POST and by GET, and an upgrade; unsigned."""
+    asked = providers.load(kind).webhook(CALL, "https://voice.example.com/p/answer")
+    form = urlencode(asked.form)
+    return [
+        SignedRequest.read("POST", asked.url, asked.headers, form.encode()),
+        SignedRequest.read("GET", f"{asked.url}?{form}", {}),
+        SignedRequest.read("GET", "https://voice.example.com/p/stream/k3", {"Upgrade": "websocket"}),
+    ]
+
+
+def with_headers(request: SignedRequest, headers: Any) -> SignedRequest:
+    return SignedRequest(request.method, request.url, {**request.headers, **headers}, request.body, request.form)
+
+
 @every_provider
 def test_only_open_accounts_let_anybody_in(kind: str) -> None:
-    """Fails closed: with a token, an unsigned request is refused."""
-    provider_of(kind).authenticate(webhook(kind))
-    for token in ("s3cret", ["s3cret", "older"]):
-        with pytest.raises(SignatureMismatch):
-            provider_of(kind, auth=None, auth_token=token).authenticate(webhook(kind))
+    """Fails closed: with a token, an unsigned request is refused, and the refusal names what was tried."""
+    for request in requests(kind):
+        provider_of(kind).authenticate(request)
+        assert provider_of(kind).sign(request) == {}
+        for token in ("s3cret", ["s3cret", "older"]):
+            with pytest.raises(SignatureMismatch) as refused:
+                provider_of(kind, auth=None, auth_token=token).authenticate(request)
+            assert any("://voice.example.com/p/" in form for form in refused.value.tried)
+
+
+@every_provider
+def test_what_is_signed_is_let_in(kind: str) -> None:
+    """By any of the account's tokens, on any kind of request; not by another's, and not after a change."""
+    for request in requests(kind):
+        headers = provider_of(kind, auth=None, auth_token=["s3cret", "unused"]).sign(request)
+        assert all(name == name.lower() for name in headers)
+        signed = with_headers(request, headers)
+        for tokens in ("s3cret", ["s3cret"], ["newer", "s3cret"]):
+            provider_of(kind, auth=None, auth_token=tokens).authenticate(signed)
+        moved = SignedRequest(signed.method, signed.url.replace("/p/", "/q/"), signed.headers, signed.body)
+        larger = SignedRequest(signed.method, signed.url, signed.headers, signed.body + b"&x=1")
+        for token, changed in (("newer", signed), ("s3cret", moved), ("s3cret", larger)):
+            with pytest.raises(SignatureMismatch):
+                provider_of(kind, auth=None, auth_token=token).authenticate(changed)
+
+
+@every_provider
+def test_a_signed_request_says_the_same_to_everybody(kind: str) -> None:
+    """The form is read from what was signed, so that the call is the signed one."""
+    post, get, _ = requests(kind)
+    assert provider_of(kind).call(post) == provider_of(kind).call(get) == provider_of(kind).call(webhook(kind))
+    for content_type in ("multipart/form-data; boundary=x", "application/x-www-form-urlencoded; charset=utf-16", "text/plain"):
+        assert SignedRequest.read("POST", post.url, {"Content-Type": content_type}, post.body).form == post.form
+
+
+odd_text = st.text(st.characters(exclude_categories=()), max_size=40)
+odd_headers = st.dictionaries(
+    st.sampled_from(
+        ["upgrade", "content-type", "x-twilio-signature", "x-twilio-webhooks-signature-settings"]
+        + [f"x-plivo-signature-{name}" for name in ("v3", "ma-v3", "v3-nonce", "v2", "ma-v2", "v2-nonce")]
+    ),
+    odd_text
+    | st.sampled_from(["websocket", "application/json", "application/x-www-form-urlencoded", "algorithm=HMAC_SHA256", "1"]),
+)
+
+
+@every_provider
+@steady
+@given(
+    method=st.sampled_from(["GET", "POST"]) | odd_text,
+    url=odd_text
+    | odd_text.map("https://voice.example.com/{}".format)
+    | odd_text.map("https://{}".format)
+    | st.from_regex(r"https?://[][@:.a-f0-9]{0,12}(/[a%?&=]{0,8})?(\?[%a-f0-9&=+]{0,12})?", fullmatch=True),
+    headers=odd_headers,
+    body=st.binary(max_size=60) | st.from_regex(rb"[%a-f0-9&=+\xff]{0,40}", fullmatch=True),
+)
+@example("POST", "https://h/", {}, b"&=" * 32_768)
+@example("GET", "https://h/?" + "a&" * 32_768, {"upgrade": "websocket"}, b"")
+@example("GET", "https://" + "a@" * 8000 + "[:", {}, b"")
+@example("POST", "https://[::1/?\ud800", {"content-type": "application/json"}, b"\xff")
+@example("GET", "https://h/", {"x-plivo-signature-v3": "," * 8000, "x-plivo-signature-v3-nonce": "\ud800"}, b"")
+def test_odd_requests_are_mismatches_and_nothing_else(
+    kind: str, method: str, url: str, headers: dict[str, str], body: bytes
+) -> None:
+    """Whatever a request is made of. What is told about it can be logged: short, on one line, without a value of the query."""
+    request = SignedRequest.read(method, url, headers, body)
+    options = {"accept_v2": True} if "accept_v2" in providers.load(kind).Config.__struct_fields__ else {"signing_key": "k2"}
+    provider = provider_of(kind, auth=None, auth_token=["s3cret", "é"], **options)
+    with pytest.raises(SignatureMismatch) as refused:
+        provider.authenticate(request)
+    assert 0 < len(refused.value.tried) <= 16
+    assert all(form.isprintable() and len(form) <= 200 for form in refused.value.tried)
+    assert "s3cret" not in f"{refused.value} {refused.value.tried}"
+    assert provider.status(request).event == "other"
+    with_headers(request, provider.sign(request))
+
+
+@every_provider
+def test_secrets_are_not_shown(kind: str) -> None:
+    """Neither by repr nor by rich, which prints the locals of a traceback; what is no secret is."""
+    provider = providers.load(kind)
+    options = {"auth_token": ["s3cret-1", "s3cret-2"], "after": "<Hangup/>"}
+    if "signing_key" in provider.Config.__struct_fields__:
+        options["signing_key"] = "s3cret-3"
+    config = provider.Config(**options)
+    for shown in (repr(config), str(config), pretty_repr(config), f"{config!r:>5}"):
+        assert "s3cret" not in shown
+        assert "auth_token='***'" in shown
+        assert "<Hangup/>" in shown
+    assert "auth_token=None" in repr(provider.Config(auth="none"))  # type: ignore[call-arg]
+
+
+# --- what a carrier gets besides ---------------------------------------------------------------------------------------------
+
+
+def elements(answer: Any) -> list[str]:
+    root = ElementTree.fromstring(answer.body)  # noqa: S314 - our own answer
+    assert (root.tag, answer.status, answer.content_type) == ("Response", 200, "application/xml")
+    return [child.tag for child in root]
+
+
+@every_provider
+def test_what_follows_is_asked_for_or_stands_in_the_answer(kind: str) -> None:
+    """With an action URL the carrier asks; without one the elements come along."""
+    provider, request = provider_of(kind, after=" <Play>a</Play><Hangup/> "), webhook(kind)
+    alone, asking = provider.answer(request, STREAM_URL), provider.answer(request, STREAM_URL, action_url="https://h/a?b=1&c=2")
+    assert elements(alone)[1:] == ["Play", "Hangup"]
+    assert "Hangup" not in elements(asking)
+    assert providers.load(kind).dial(alone.body).action_url is None
+    assert providers.load(kind).dial(asking.body).action_url == "https://h/a?b=1&c=2"
+    assert elements(provider.after(request)) == ["Play", "Hangup"]
+    assert elements(provider_of(kind).after(request)) == []
+
+
+@every_provider
+def test_a_lost_service_and_overload_have_answers_of_their_own(kind: str) -> None:
+    request = webhook(kind)
+    assert elements(provider_of(kind).gone(request)) == []
+    assert elements(provider_of(kind, after="<Hangup/>").gone(request)) == ["Hangup"]
+    assert elements(provider_of(kind, after="<Hangup/>", service_lost="<Play>a</Play>").gone(request)) == ["Play"]
+    assert elements(provider_of(kind, after="<Hangup/>").overflow()) in (["Reject"], ["Hangup"])
+    assert 'reason="busy"' in provider_of(kind).overflow().body
+    assert elements(provider_of(kind, overflow="<Play>a</Play><Hangup/>").overflow()) == ["Play", "Hangup"]
+
+
+@every_provider
+def test_status_of_nothing_is_other(kind: str) -> None:
+    status = provider_of(kind).status(SignedRequest("POST", "https://h/p/status"))
+    assert (status.call_id, status.stream_id, status.event, status.reason) == ("", "", "other", "")
 
 
 @every_provider
@@ -250,6 +397,10 @@ def test_only_open_accounts_let_anybody_in(kind: str) -> None:
         {"after": "hello"},
         {"after": "</Response><Response>"},
         {"after": "<a/>\ud800"},
+        {"service_lost": "<a>"},
+        {"overflow": "busy"},
+        {"auth": None, "auth_token": "t\n"},
+        {"auth": None, "auth_token": ["t", " t"]},
     ],
 )
 def test_impossible_configurations_are_refused(kind: str, config: dict[str, Any]) -> None:
@@ -324,6 +475,7 @@ def only_malformed(kind: str, frame: str | bytes) -> None:
 
 
 @every_provider
+@steady
 @given(st.data())
 def test_mutated_frames_are_malformed_at_worst(kind: str, data: st.DataObject) -> None:
     """Characters replaced, cut, doubled."""
@@ -336,6 +488,7 @@ def test_mutated_frames_are_malformed_at_worst(kind: str, data: st.DataObject) -
 
 
 @every_provider
+@steady
 @given(st.data())
 def test_frames_with_foreign_values_are_malformed_at_worst(kind: str, data: st.DataObject) -> None:
     """Any value of any type in any place of a real frame."""
@@ -351,6 +504,7 @@ def test_frames_with_foreign_values_are_malformed_at_worst(kind: str, data: st.D
 
 
 @every_provider
+@steady
 @given(frame=any_text | st.binary(max_size=60))
 @example("[" * 100_000)
 @example('{"a":' * 50_000)
@@ -374,18 +528,23 @@ def test_any_frame_is_malformed_at_worst(kind: str, frame: str | bytes) -> None:
 
 
 @every_provider
+@steady
 @given(text=any_text, url=any_text, caller=any_text)
 @example("]]>\0\v￾\ud800\r\n\t&<>\"'", "wss://h/\0?a=1&b=<2>", "sip:\0\ud800;a=b,c@h")
 def test_answers_are_well_formed_for_every_string(kind: str, text: str, url: str, caller: str) -> None:
     """Checked by expat, the strictest reader at hand."""
     options = {"welcome_greeting": text} if "welcome_greeting" in providers.load(kind).Config.__struct_fields__ else {}
+    if "stream_name" in providers.load(kind).Config.__struct_fields__:
+        options["stream_name"] = text
     provider = provider_of(kind, parameters={"p": text[:20]}, **options)
     call = Call("CA1", caller, text, "outbound")
-    body = provider.answer(webhook(kind, call), url).body
-    expat.ParserCreate().Parse(body.encode(), True)
+    for action_url, status_url in ((None, None), (url, caller)):
+        body = provider.answer(webhook(kind, call), url, action_url=action_url, status_url=status_url).body
+        expat.ParserCreate().Parse(body.encode(), True)
 
 
 @every_provider
+@steady
 @given(st.dictionaries(st.text("abcXYZ019_-", min_size=1, max_size=8), st.text(max_size=6), max_size=3))
 @example({"a": "x=y;z,w %41+ü\U0001f600", "b": " spaces "})
 def test_parameters_arrive_as_they_were_configured(kind: str, parameters: dict[str, str]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlencode
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 import msgspec
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from plivo import plivoxml
 from twilio.twiml.voice_response import Connect, ConversationRelay, Dial, Start, Stream, VoiceResponse
@@ -19,16 +20,24 @@ from gateway.media import MULAW_8K, Encoding, MediaFormat
 from gateway.provider import Call, SignedRequest
 from providers import _xml
 
+steady = settings(deadline=None)  # other tests run beside these: a slow moment is no failure
 URL = "wss://voice.example.com/p/stream/k3?a=1&b=2"
+ACTION = "https://voice.example.com/p/action?a=1&b=2"
+STATUS = "https://voice.example.com/p/status?a=1&b=2"
 CALL = Call("CA1", "+15550100001", "+15550100002", "inbound", "AC1")
 FACTS = {"gw_direction": "inbound", "gw_caller": "+15550100001", "gw_called": "+15550100002"}
 
 
-def answer(kind: str, call: Call = CALL, **config: Any) -> str:
+def answer(kind: str, call: Call = CALL, *, action_url: str | None = None, status_url: str | None = None, **config: Any) -> str:
     provider = providers.load(kind)
     request = provider.webhook(call, "https://voice.example.com/p/answer")
-    settings = msgspec.convert({"auth": "none"} | config, provider.Config)
-    return provider(settings).answer(SignedRequest("POST", request.url, form=request.form), URL).body
+    signed = SignedRequest("POST", request.url, form=request.form)
+    return provider_of(kind, **config).answer(signed, URL, action_url=action_url, status_url=status_url).body
+
+
+def provider_of(kind: str, **config: Any) -> Any:
+    provider = providers.load(kind)
+    return provider(msgspec.convert({"auth": "none"} | config, provider.Config))
 
 
 def parse(document: str) -> Element:
@@ -57,17 +66,36 @@ def test_media_streams_answer_is_what_twilios_library_writes() -> None:
     assert shape(answer("twilio_media_streams", **config)) == shape(response)
 
 
+def test_action_status_and_name_are_where_twilios_library_writes_them() -> None:
+    response, connect = VoiceResponse(), Connect(action=ACTION)
+    stream = Stream(url=URL, name='m"1', status_callback=STATUS)
+    for name, value in FACTS.items():
+        stream.parameter(name=name, value=value)
+    connect.append(stream)
+    response.append(connect)
+    written = answer("twilio_media_streams", action_url=ACTION, status_url=STATUS, stream_name='m"1', after="<Hangup/>")
+    assert shape(written) == shape(response)
+    dial = providers.load("twilio_media_streams").dial(written)
+    assert (dial.action_url, dial.status_url) == (ACTION, STATUS)
+
+    response, connect = VoiceResponse(), Connect(action=ACTION)
+    connect.append(ConversationRelay(url=URL, events="speaker-events tokens-played", dtmf_detection=True, partial_prompts=True))
+    response.append(connect)
+    assert shape(answer("twilio_conversation_relay", action_url=ACTION, status_url=STATUS)) == shape(response)
+
+
 @pytest.mark.parametrize("track", ["inbound", "outbound", "both"])
 def test_listening_answer_is_what_twilios_library_writes(track: str) -> None:
+    """There is no action: Twilio goes on at once."""
     response, start = VoiceResponse(), Start()
-    stream = Stream(url=URL, track=f"{track}_track{'s' * (track == 'both')}")
+    stream = Stream(url=URL, track=f"{track}_track{'s' * (track == 'both')}", name="tap", status_callback=STATUS)
     for name, value in FACTS.items():
         stream.parameter(name=name, value=value)
     start.append(stream)
     response.append(start)
     response.append(Dial("+15550100003"))
-    config = {"mode": "listen", "track": track, "then": "<Dial>+15550100003</Dial>"}
-    assert shape(answer("twilio_media_streams", **config)) == shape(response)
+    config = {"mode": "listen", "track": track, "then": "<Dial>+15550100003</Dial>", "stream_name": "tap"}
+    assert shape(answer("twilio_media_streams", action_url=ACTION, status_url=STATUS, **config)) == shape(response)
 
 
 def test_relay_answer_is_what_twilios_library_writes() -> None:
@@ -96,10 +124,14 @@ def test_relay_answer_is_what_twilios_library_writes() -> None:
         "partial_prompts": False,
         "debug": "debugging",
         "intelligence_service": "GA1",
+        "background_noise_reduction": "medium",
+        "conversation_configuration": "IS1",
+        "conversation_id": "CH1",
     }
     response, connect = VoiceResponse(), Connect()
     camel = {"deepgram_smart_format": "deepgramSmartFormat", "speech_timeout": "speechTimeout"}
     camel |= {"ignore_backchannel": "ignoreBackchannel", "eot_threshold": "eotThreshold"}
+    camel |= {"background_noise_reduction": "backgroundNoiseReduction"}
     named = {camel.get(name, name): value for name, value in config.items()}
     relay = ConversationRelay(url=URL, events="speaker-events tokens-played", hints="Twilio,Plivo", **named)
     relay.language(code="de-DE", tts_provider="Google", voice="de-x", transcription_provider="Deepgram", speech_model="nova-3")
@@ -163,6 +195,88 @@ def test_plivo_listening_answer_is_what_plivos_library_writes(track: str) -> Non
     assert shape(answer("plivo_audio_streaming", mode="listen", track=track, then="<Hangup/>")) == shape(response.to_string())
 
 
+def test_plivo_is_told_where_to_go_on_and_whom_to_tell() -> None:
+    stream = plivoxml.StreamElement(
+        URL,
+        bidirectional=True,
+        keepCallAlive=True,
+        contentType="audio/x-mulaw;rate=8000",
+        streamTimeout=86400,
+        extraHeaders="gw_direction=inbound,gw_caller=15550100001,gw_called=15550100002",
+        statusCallbackUrl=STATUS,
+    )
+    response = plivoxml.ResponseElement().add(stream).add(plivoxml.RedirectElement(ACTION))
+    written = answer("plivo_audio_streaming", action_url=ACTION, status_url=STATUS, after="<Hangup/>")
+    assert shape(written) == shape(response.to_string())
+    dial = providers.load("plivo_audio_streaming").dial(written)
+    assert (dial.action_url, dial.status_url) == (ACTION, STATUS)
+    listening = answer("plivo_audio_streaming", action_url=ACTION, mode="listen", then="<Hangup/>")
+    assert [child.tag for child in parse(listening)] == ["Stream", "Hangup"]
+
+
+def test_a_busy_tone_is_what_the_libraries_write() -> None:
+    response = VoiceResponse()
+    response.reject(reason="busy")
+    for kind in ("twilio_media_streams", "twilio_conversation_relay"):
+        assert shape(provider_of(kind).overflow().body) == shape(response)
+    hangup = plivoxml.ResponseElement().add(plivoxml.HangupElement(reason="busy"))
+    assert shape(provider_of("plivo_audio_streaming").overflow().body) == shape(hangup.to_string())
+
+
+TWILIO_STREAM = {
+    "AccountSid": "AC1",
+    "CallSid": "CA1",
+    "StreamSid": "MZ1",
+    "StreamName": "main",
+    "Timestamp": "2026-11-20T09:00:00Z",
+}
+RELAY_SESSION = {"AccountSid": "AC1", "CallSid": "CA1", "SessionId": "VX1", "SessionDuration": "7"}
+PLIVO_STREAM = {"CallUUID": "C1", "StreamID": "S1", "From": "1", "To": "2", "Timestamp": "2024-10-14 13:42:33"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "event", "reason"),
+    [
+        ("twilio_media_streams", TWILIO_STREAM | {"StreamEvent": "stream-started"}, "started", ""),
+        ("twilio_media_streams", TWILIO_STREAM | {"StreamEvent": "stream-stopped"}, "stopped", ""),
+        ("twilio_media_streams", TWILIO_STREAM | {"StreamEvent": "stream-error", "StreamError": "no"}, "failed", "no"),
+        ("twilio_media_streams", TWILIO_STREAM | {"StreamEvent": "stream-new"}, "other", ""),
+        ("twilio_conversation_relay", RELAY_SESSION | {"SessionStatus": "ended", "HandoffData": "{}"}, "stopped", ""),
+        ("twilio_conversation_relay", RELAY_SESSION | {"SessionStatus": "completed"}, "stopped", ""),
+        (
+            "twilio_conversation_relay",
+            RELAY_SESSION | {"SessionStatus": "failed", "ErrorCode": "64105", "ErrorMessage": "Websocket ended"},
+            "failed",
+            "64105 Websocket ended",
+        ),
+        ("plivo_audio_streaming", PLIVO_STREAM | {"Event": "StartStream"}, "started", ""),
+        ("plivo_audio_streaming", PLIVO_STREAM | {"Event": "started"}, "started", ""),
+        ("plivo_audio_streaming", PLIVO_STREAM | {"Event": "StopStream"}, "stopped", ""),
+        ("plivo_audio_streaming", PLIVO_STREAM | {"Event": "stopped", "StatusReason": "completed"}, "stopped", "completed"),
+        ("plivo_audio_streaming", PLIVO_STREAM | {"Event": "DroppedStream", "Error": "refused"}, "failed", "refused"),
+        (
+            "plivo_audio_streaming",
+            PLIVO_STREAM | {"Event": "failed", "StatusReason": "connection_failed"},
+            "failed",
+            "connection_failed",
+        ),
+        ("plivo_audio_streaming", PLIVO_STREAM | {"Event": "DegradedStream"}, "degraded", ""),
+        ("plivo_audio_streaming", PLIVO_STREAM | {"Event": "PlayedStream", "Name": "a"}, "other", ""),
+        ("plivo_audio_streaming", PLIVO_STREAM | {"Event": "failed", "StatusReason": "x" * 9000}, "failed", "x" * 199 + "…"),
+    ],
+)
+def test_status_callbacks_in_our_words(kind: str, form: dict[str, str], event: str, reason: str) -> None:
+    """Both of Plivo's namings; by POST and by GET."""
+    query = urlencode(form)
+    for request in (
+        SignedRequest.read("POST", "https://h/p/status", {}, query.encode()),
+        SignedRequest.read("GET", f"https://h/p/status?{query}", {}),
+    ):
+        status = provider_of(kind).status(request)
+        assert (status.event, status.reason) == (event, reason)
+        assert (status.call_id, status.stream_id) in (("CA1", "MZ1"), ("CA1", "VX1"), ("C1", "S1"))
+
+
 def test_plivo_noise_cancellation() -> None:
     """Attributes of the reference page; the vendor's library does not have them."""
     [stream] = parse(answer("plivo_audio_streaming", noise_cancellation=True, noise_cancellation_level=70))
@@ -176,13 +290,14 @@ def test_plivo_noise_cancellation() -> None:
         {"mode": "listen"},
         {"mode": "listen", "then": " "},
         {"mode": "listen", "then": "<Hangup/>", "after": "<Hangup/>"},
+        {"mode": "listen", "then": "<Hangup/>", "service_lost": "<Hangup/>"},
         {"track": "both"},
         {"then": "<Hangup/>"},
         {"mode": "listen", "then": "Dial"},
     ],
 )
 def test_contradictions_are_refused(kind: str, config: dict[str, Any]) -> None:
-    with pytest.raises(msgspec.ValidationError, match=r"(mode|track|then|after): "):
+    with pytest.raises(msgspec.ValidationError, match=r"(mode|track|then|after|service_lost): "):
         answer(kind, **config)
 
 
@@ -297,6 +412,7 @@ def test_white_space_around_plivos_url_is_trimmed() -> None:
 # --- the builder -----------------------------------------------------------------------------------------------------------
 
 
+@steady
 @given(st.text(st.characters(exclude_categories=())))
 @example("\0\x08\v\f\x0e\x1f￾￿\ud800\udfff")
 @example("\t\r\n <>&\"' ]]> \x7f\x85\u2028\U0010ffff")
