@@ -17,6 +17,15 @@ from gateway.provider import Limits
 CONFIRM_SECS = 5.0
 """A checkpoint that the carrier has not confirmed this long after its due time is taken as played."""
 
+FAREWELL_SECS = 1.0
+"""The same for the private mark behind the last words before a `stop`: who confirms nothing is not waited for longer."""
+
+LARGEST_LATENESS_SECS = 0.25
+"""Echoes that are later than this tell of a fault, not of the way to the caller's ear."""
+
+MOST_PENDING = 5000
+"""Checkpoints that may be pending at once."""
+
 RESIDUE_SECS, DRY_SECS = 0.02, 0.01
 """Less than one frame of audio waits so long for the rest of its frame, but not until the carrier has nearly nothing to play."""
 
@@ -26,7 +35,7 @@ HOLE_SECS, PAUSE_SECS = 0.005, 0.5
 
 @dataclass(slots=True)
 class _Mark:
-    name: str
+    name: str | None  # None: our own, which no service is told of
     wire: str
     position: int
     due: float | None = None  # when its audio will have been played; None until it was sent
@@ -60,6 +69,7 @@ class Playout:
         self._sent = 0
         self._boundary = 0  # position of the last checkpoint that was resolved
         self._heard = 0  # what echoes have proven to be played
+        self._lateness: deque[float] = deque(maxlen=8)  # of the last echoes: to the ear and back
         # Totals of the stream in bytes; those of the running generation come on top.
         self._total_queued = 0
         self._total_played = 0
@@ -80,17 +90,32 @@ class Playout:
             payload = payload[: room - room % self.sample_bytes]
             self.refused += refused
         if payload:
-            self._chunks.append(payload)
+            if self._chunks and len(self._chunks) > 1 and len(self._chunks[-1]) + len(payload) <= self._unit:
+                self._chunks[-1] += payload  # tiny chunks would be bounded in time but not in number
+            else:
+                self._chunks.append(payload)
             self._accepted += len(payload)
             self._total_queued += len(payload)
             self._arrived_at = now
         return max(0, refused)
 
-    def checkpoint(self, name: str) -> None:
-        """Ask to be told when all that was queued before has played."""
+    def checkpoint(self, name: str | None) -> bool:
+        """Ask to be told when all that was queued before has played. False: too many are pending already."""
+        if len(self._unsent) + len(self._unconfirmed) >= MOST_PENDING and name is not None:
+            return False
         self._marks += 1
         # Private and unique: a name used twice can't be credited with its predecessor's echo.
         self._unsent.append(_Mark(name, f"g{self._generation}.{self._marks}", self._accepted))
+        return True
+
+    def end(self) -> None:
+        """Nothing more will be queued: the last words must not wait for company, and their end is to be confirmed."""
+        if self.ending:
+            return
+        self.ending = True
+        marks = self._unsent or self._unconfirmed
+        if max(self._heard, marks[-1].position if marks else 0) < self._accepted:
+            self.checkpoint(None)
 
     def clear(self, now: float) -> tuple[bool, list[Checkpoint | Clear]]:
         """Drop everything. Returns whether the carrier must be told, and what to tell the service, in order."""
@@ -101,10 +126,10 @@ class Playout:
         for mark in (*self._unconfirmed, *self._unsent):
             # What has been heard whole was played, although its echo, or the mark itself, is still on the way.
             played = mark.position <= heard
-            results.append(self._resolved(mark, Outcome.PLAYED if played else Outcome.CLEARED, boundary, heard))
-            boundary = mark.position
-            if played:
-                played_until = boundary
+            results += self._resolved(mark, Outcome.PLAYED if played else Outcome.CLEARED, boundary, heard)
+            if mark.name is not None:
+                boundary = mark.position
+                played_until = boundary if played else played_until
         results.append(Clear(played_ms=self._ms(heard - played_until), cleared_ms=self._ms(self._accepted - heard)))
         self._total_played += heard
         self._total_cleared += self._accepted - heard
@@ -143,8 +168,8 @@ class Playout:
         """When `next_frame` or `overdue` will have something, if nothing else happens; None: never. May lie in the past."""
         run = (self._unsent[0].position if self._unsent else self._accepted) - self._sent
         due = self._frame_due(run) if run else None
-        if self._unconfirmed and self._unconfirmed[0].due is not None:
-            confirm = self._unconfirmed[0].due + CONFIRM_SECS
+        if self._unconfirmed:
+            confirm = _deadline(self._unconfirmed[0])
             due = confirm if due is None else min(due, confirm)
         if due is None and self.ending and self._accepted:
             return self._dry_at
@@ -157,30 +182,36 @@ class Playout:
         if not any(mark.wire == wire for mark in self._unconfirmed):
             self.stale_echoes += 1
             return []
-        results = []
+        results: list[Checkpoint] = []
         while self._unconfirmed:
             # The carrier plays in order, so an echo that was skipped is one that it lost.
             mark = self._unconfirmed.popleft()
-            results.append(self._played(mark))
+            results += self._played(mark)
             if mark.wire == wire:
+                if mark.due is not None:
+                    self._lateness.append(min(max(0.0, now - mark.due), LARGEST_LATENESS_SECS))
                 break
         return results
 
     def overdue(self, now: float) -> list[Checkpoint]:
         """Checkpoints that the carrier should have confirmed long ago: by the playout clock they were played."""
-        results = []
-        while self._unconfirmed and (due := self._unconfirmed[0].due) is not None and due + CONFIRM_SECS <= now:
-            results.append(self._played(self._unconfirmed.popleft()))
-            self.unconfirmed += 1
+        results: list[Checkpoint] = []
+        while self._unconfirmed and _deadline(self._unconfirmed[0]) <= now:
+            played = self._played(self._unconfirmed.popleft())
+            self.unconfirmed += len(played)
+            results += played
         return results
 
-    def finish(self, now: float) -> list[Checkpoint]:
-        """The stream is over: every checkpoint still pending is lost, with what was heard of it."""
-        heard = self._position(now)
-        results = []
+    def finish(self, now: float, *, hung_up: bool = False) -> list[Checkpoint]:
+        """The stream is over: every checkpoint still pending is lost, with what was heard of it.
+
+        `hung_up`: the carrier ended it. What was on its way to the ear while that news was on its way to us was not heard.
+        """
+        heard = self._position(now - min(self._lateness, default=0.0) if hung_up else now)
+        results: list[Checkpoint] = []
         boundary = self._boundary
         for mark in (*self._unconfirmed, *self._unsent):
-            results.append(self._resolved(mark, Outcome.LOST, boundary, heard))
+            results += self._resolved(mark, Outcome.LOST, boundary, heard)
             boundary = mark.position
         self._total_played += heard
         self._empty()
@@ -235,14 +266,17 @@ class Playout:
         ahead -= ahead % self.sample_bytes
         return max(self._heard, self._sent - ahead)
 
-    def _played(self, mark: _Mark) -> Checkpoint:
+    def _played(self, mark: _Mark) -> list[Checkpoint]:
         result = self._resolved(mark, Outcome.PLAYED, self._boundary, mark.position)
-        self._boundary = mark.position
+        if mark.name is not None:
+            self._boundary = mark.position
         self._heard = max(self._heard, mark.position)
         return result
 
-    def _resolved(self, mark: _Mark, outcome: Outcome, boundary: int, heard: int) -> Checkpoint:
-        return Checkpoint(mark.name, outcome, self._ms(max(0, min(heard, mark.position) - boundary)))
+    def _resolved(self, mark: _Mark, outcome: Outcome, boundary: int, heard: int) -> list[Checkpoint]:
+        if mark.name is None:
+            return []
+        return [Checkpoint(mark.name, outcome, self._ms(max(0, min(heard, mark.position) - boundary)))]
 
     def _take(self, size: int) -> bytes:
         first = self._chunks[0]
@@ -281,6 +315,15 @@ class Playout:
         return round(size * 1000 / self._rate)
 
 
+def _deadline(mark: _Mark) -> float:
+    """When a mark that was sent is taken as played."""
+    assert mark.due is not None  # noqa: S101  sent is what puts it among the unconfirmed
+    return mark.due + (CONFIRM_SECS if mark.name is not None else FAREWELL_SECS)
+
+
+CLIP_SECS = 10.0
+"""How long a `stop` after playing waits for a clip whose length nobody tells."""
+
 PAUSE = "\N{OBJECT REPLACEMENT CHARACTER}"
 """Stands in a recital for something that the carrier plays without ever telling that it has."""
 
@@ -318,10 +361,15 @@ class Recital:
         self._said += len(text)
         self._quiet_at = max(now, self._quiet_at) + len(text) * SPEECH_SECS_PER_CHARACTER
 
-    def play(self) -> None:
+    def play(self, now: float) -> None:
         """Something was sent that is never reported: later words prove it over."""
         self._text += PAUSE
         self._said += 1
+        self._quiet_at = max(now, self._quiet_at) + CLIP_SECS
+
+    def end(self) -> None:
+        """Nothing more will be said."""
+        self.ending = True
 
     def checkpoint(self, name: str) -> list[Checkpoint]:
         self._marks.append((name, self._said))

@@ -40,7 +40,7 @@ from gateway.events import (
     Unknown,
 )
 from gateway.media import Track
-from gateway.playout import Playout, Recital
+from gateway.playout import MOST_PENDING, Playout, Recital
 from gateway.provider import Codec
 from gateway.timeline import Timeline
 
@@ -269,7 +269,8 @@ class Session:
         if self.stop is not None:
             return
         if self.playout is not None:
-            for result in self.playout.finish(now):
+            hung_up = stop.reason in (StopReason.CALLER_HANGUP, StopReason.CARRIER_CLOSED)
+            for result in self.playout.finish(now, hung_up=hung_up):
                 self._report(result)
         if self.recital is not None:
             for result in self.recital.finish():
@@ -283,9 +284,10 @@ class Session:
         media_format = self.start.media_format if self.start is not None else None
         if media_format is None or self.playout is None:
             return Account()
-        queued, played, cleared, _ = (round(media_format.duration_ms(size)) for size in self.playout.totals(now))
+        _, played, cleared, lost = (round(media_format.duration_ms(size)) for size in self.playout.totals(now))
         received = round(media_format.duration_ms(self.received_bytes))
-        return Account(received=received, queued=queued, played=played, cleared=cleared, lost=queued - played - cleared)
+        # Each figure is rounded; the sum is made of what is told, so that it balances.
+        return Account(received=received, queued=played + cleared + lost, played=played, cleared=cleared, lost=lost)
 
     def _malformed(self, error: MalformedFrame, now: float) -> None:
         self._remark(self.bad, "bad_frame", error.reason, str(error))
@@ -342,7 +344,8 @@ class Session:
         match command:
             case Checkpoint():
                 if self.playout is not None:
-                    self.playout.checkpoint(command.name)
+                    if not self.playout.checkpoint(command.name):
+                        self.fault("too_many_checkpoints", f"{MOST_PENDING} checkpoints are pending already", command.ref)
                 elif self.recital is not None:
                     for result in self.recital.checkpoint(command.name):
                         self._report(result)
@@ -351,9 +354,10 @@ class Session:
             case Stop():
                 if command.after is After.PLAYED:
                     self._ending = command
-                    for queue in (self.playout, self.recital):
-                        if queue is not None:
-                            queue.ending = True
+                    if self.playout is not None:
+                        self.playout.end()
+                    elif self.recital is not None:
+                        self.recital.end()
                 else:
                     self._stop(command, now)
             case Say():
@@ -367,7 +371,7 @@ class Session:
             case Play():
                 self._frames.extend(self._codec.encode(command))
                 if self.recital is not None:
-                    self.recital.play()
+                    self.recital.play(now)
             case Language():
                 self._frames.extend(self._codec.encode(command))
             case Audio():

@@ -9,6 +9,10 @@ LARGEST_SURPLUS_MS = 10_000
 """Audio ahead of its timestamps (a burst stamped by arrival) is kept whole and later gaps are set off against it, up to this."""
 
 
+CLOCK_SET_BACK_MS = 1000
+"""A timestamp so far before the last one is a clock set back; one less far before it is an old chunk once more."""
+
+
 class Timeline:
     """Compares the audio of one track with its timestamps. Milliseconds; nothing here knows a wall clock.
 
@@ -25,19 +29,18 @@ class Timeline:
     def place(self, timestamp_ms: int, payload: bytes, duration_ms: float) -> int | None:
         """Put a chunk on the axis. Returns the milliseconds missing before it, or None if it is a duplicate to be dropped."""
         last = self._last_timestamp
-        self._last_timestamp = timestamp_ms
         if last is None:
-            self._ahead = duration_ms
-            self._last_payload = payload
+            self._begin(timestamp_ms, payload, duration_ms)
             return 0
         step = timestamp_ms - last
-        if step == 0 and payload == self._last_payload:
-            return None
-        self._last_payload = payload
-        if step < 0:
-            # The clock was set back: begin anew rather than invent or drop.
-            self._ahead = duration_ms
+        if step <= -CLOCK_SET_BACK_MS:
+            # Another time altogether: begin anew rather than invent or drop.
+            self._begin(timestamp_ms, payload, duration_ms)
             return 0
+        if step < -JITTER_MS or (step == 0 and payload == self._last_payload):
+            return None
+        self._last_timestamp = timestamp_ms
+        self._last_payload = payload
         ahead = self._ahead - step
         lost = 0
         if ahead < -JITTER_MS:
@@ -45,3 +48,8 @@ class Timeline:
             ahead += lost  # the rest of the rounding counts towards the next gap
         self._ahead = min(ahead + duration_ms, LARGEST_SURPLUS_MS)
         return lost
+
+    def _begin(self, timestamp_ms: int, payload: bytes, duration_ms: float) -> None:
+        self._last_timestamp = timestamp_ms
+        self._last_payload = payload
+        self._ahead = duration_ms

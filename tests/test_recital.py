@@ -93,7 +93,7 @@ def test_a_short_message_whole_is_recognised_behind_a_preempted_one() -> None:
 
 def test_what_is_played_without_a_report_is_over_once_later_words_are_spoken() -> None:
     recital = Recital()
-    recital.play()
+    recital.play(0.0)
     assert [] == recital.checkpoint("clip")
     recital.say("Bye.", 0.0)
     recital.checkpoint("bye")
