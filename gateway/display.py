@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gateway.callreport import CallReport, Refusal
+from gateway.ear import Cut
 from gateway.events import COMMAND_NAMES, Audio, Command, Event, Message, Outcome
 from gateway.media import MediaFormat
 
@@ -92,7 +93,7 @@ def print_reports(console: Console, reports: list[CallReport], save: Path | None
             ("most audio held by the carrier", f"{report.max_buffered_ms:.0f} ms"),
             ("underruns", str(report.underruns)),
             ("checkpoints", ", ".join(f"{mark.outcome} after {mark.played_ms} ms" for mark in report.checkpoints) or "none"),
-            ("clears", ", ".join(f"after {cut.played_ms} ms, {cut.cleared_ms} ms cut" for cut in report.clears) or "none"),
+            ("clears", ", ".join(_cut(cut) for cut in report.clears) or "none"),
             ("keys pressed / heard", f"{report.dtmf_sent or '–'} / {report.dtmf_heard or '–'}"),
             ("ended by", f"{report.ended_by} (close code {report.close_code})"),
         ]
@@ -106,3 +107,8 @@ def print_reports(console: Console, reports: list[CallReport], save: Path | None
     console.print(f"{well} of {len(reports)} calls went well.", style="green" if well == len(reports) else "red")
     if save is not None and any(report.recording is not None for report in reports):
         console.print(f"What was heard is in {save}{' (numbered)' if len(reports) > 1 else ''}.")
+
+
+def _cut(cut: Cut) -> str:
+    silence = "" if cut.since_barge_in_ms is None else f", silent {cut.since_barge_in_ms:.0f} ms after the caller spoke"
+    return f"heard {cut.played_ms} ms, cut {cut.cleared_ms} ms{silence}"
