@@ -27,7 +27,7 @@ class Subscription:
         self._waiting = asyncio.Event()
         self._format = media_format
         self._capacity = media_format.bytes_for(capacity_ms) if media_format is not None else 0
-        self._track = track
+        self.track = track
         self._shed = 0  # bytes dropped and not yet told
         self.audio_bytes = 0
         """Bytes of audio in the queue."""
@@ -43,7 +43,7 @@ class Subscription:
     def offer(self, event: Event) -> None:
         """Queue an event, shedding the oldest audio if there is no room."""
         if type(event) is Audio:
-            if event.track is not self._track:
+            if event.track is not self.track:
                 return
             self.audio_bytes += len(event.payload)
             self._events.append(event)
@@ -56,9 +56,21 @@ class Subscription:
             self._events.append(event)
         self._waiting.set()
 
+    def nudge(self) -> None:
+        """End a `wait`: whoever takes has something else to do."""
+        self._waiting.set()
+
+    async def wait(self) -> None:
+        """Until something is queued, or a nudge."""
+        await self._waiting.wait()
+
     async def take(self) -> list[Event]:
         """Everything queued, oldest first; waits until there is something."""
         await self._waiting.wait()
+        return self.take_nowait()
+
+    def take_nowait(self) -> list[Event]:
+        """Everything queued, oldest first; maybe nothing."""
         self._waiting.clear()
         events = list(self._events)
         self._events.clear()
@@ -67,7 +79,7 @@ class Subscription:
         if self._shed and self._format is not None:
             # What was shed was the oldest: it is missing before the first audio left.
             at = next((i for i, event in enumerate(events) if type(event) is Audio), len(events))
-            events.insert(at, Gap(round(self._format.duration_ms(self._shed)), self._track, GapReason.OVERFLOW))
+            events.insert(at, Gap(round(self._format.duration_ms(self._shed)), self.track, GapReason.OVERFLOW))
             self._shed = 0
         return events
 

@@ -502,8 +502,6 @@ class _Reader:
         at = nodes["service"]
         if not services:
             self._report(at, (*path, "service"), "an empty list", "name one of `services`")
-        elif len(services) > 1:
-            self._report(at, (*path, "service"), "a list of services can't be tried in order yet in this version", "name one")
         for name, node in zip(services, at.items or [at], strict=False):
             if name not in (_BAD, *self._known.get("service", (name,))):
                 self._unknown(node, (*path, "service"), "service", name, self._known["service"])

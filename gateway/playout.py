@@ -229,6 +229,11 @@ class Playout:
     def queued_ms(self) -> int:
         return self._ms(self.queued_bytes)
 
+    @property
+    def pending(self) -> tuple[str, ...]:
+        """Names of the checkpoints that are not resolved, the oldest first."""
+        return tuple(mark.name for marks in (self._unconfirmed, self._unsent) for mark in marks if mark.name is not None)
+
     def ahead_ms(self, now: float) -> float:
         """Milliseconds that the carrier still has to play."""
         return max(0.0, self._dry_at - now) * 1000
@@ -410,6 +415,11 @@ class Recital:
     def idle(self, now: float) -> bool:
         """Whether all words were spoken, or should have been long ago."""
         return (self._all_spoken and not self._marks) or now >= self._quiet_at + CONFIRM_SECS
+
+    @property
+    def pending(self) -> tuple[str, ...]:
+        """Names of the checkpoints that are not resolved, the oldest first."""
+        return tuple(name for name, _ in self._marks)
 
     def next_due(self) -> float | None:
         return self._quiet_at + CONFIRM_SECS if self.ending else None

@@ -18,6 +18,7 @@ from gateway.errors import MalformedFrame
 from gateway.events import StopReason
 from gateway.provider import Answer, Call, Provider, SignedRequest
 from gateway.routing import match
+from gateway.services.dialler import Dialler
 from gateway.settings import Settings, host_port
 from gateway.stream import FAREWELL_SECS, House, Stream
 
@@ -52,13 +53,11 @@ class Server:
 
     async def start(self) -> int:
         """Listen. Returns the port. Raises OSError when the address can't be had."""
-        trace = aiohttp.TraceConfig()
-        trace.on_request_redirect.append(_refuse_redirect)
         self.house = House(
             settings=self.settings,
             bus=self.bus,
             clock=Clock(asyncio.get_running_loop()),
-            http=aiohttp.ClientSession(trace_configs=[trace], headers={"User-Agent": f"telephony-audio-gateway/{__version__}"}),
+            dialler=Dialler(f"telephony-audio-gateway/{__version__}"),
             door=Door(self.settings, self.providers, self._log),
         )
         app = web.Application(client_max_size=LARGEST_FRAME, middlewares=[self._observe])
@@ -88,7 +87,7 @@ class Server:
             stream.end(StopReason.DRAIN)
         if self._runner is not None:
             await self._runner.cleanup()
-        await self.house.http.close()
+        await self.house.dialler.close()
         self.house.door.close()
 
     # --- webhooks ---
@@ -196,7 +195,3 @@ class Server:
 
 def _xml(answer: Answer) -> web.Response:
     return web.Response(status=answer.status, text=answer.body, content_type=answer.content_type)
-
-
-async def _refuse_redirect(*_: object) -> None:
-    raise aiohttp.ClientError("the service answered with a redirect; write the final URL into the configuration")

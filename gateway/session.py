@@ -279,6 +279,12 @@ class Session:
         if self.start is not None:
             self._emit(self.stop)
 
+    def pending(self, now: float) -> tuple[int, tuple[str, ...]]:
+        """Milliseconds of audio that the caller has yet to hear, and the names of the checkpoints not yet resolved."""
+        if self.playout is not None:
+            return self.playout.queued_ms + round(self.playout.ahead_ms(now)), self.playout.pending
+        return 0, self.recital.pending if self.recital is not None else ()
+
     def account(self, now: float) -> Account:
         """Where the audio went, in milliseconds. Forwarded and dropped are known only to the service's link."""
         media_format = self.start.media_format if self.start is not None else None

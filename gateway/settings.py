@@ -141,6 +141,9 @@ class WebsocketService(Struct, frozen=True, tag_field="kind", tag="websocket"):
     authorization: bearer token that it is shown; default none.
     connect_timeout_secs: how long a connection may take to be made.
     track: what it hears: the caller (`inbound`) or what the caller hears (`outbound`).
+    replay_ms: what it was sent and has not acknowledged, and what is said while it is away, is kept up to this.
+    give_up_secs: how long a call waits for it, at the start and when it is lost.
+    on_away: what the caller hears of what is still queued while it is away: all of it (`continue`), or nothing (`clear`).
     """
 
     url: Annotated[str, Meta(extra={"check": _service_url})]
@@ -149,6 +152,9 @@ class WebsocketService(Struct, frozen=True, tag_field="kind", tag="websocket"):
     authorization: Annotated[str, Meta(extra={"check": _bearer})] | None = None
     connect_timeout_secs: Annotated[float, Meta(gt=0, le=60)] = 2.0
     track: Track = Track.INBOUND
+    replay_ms: Annotated[int, Meta(ge=100, le=300_000)] = 10_000
+    give_up_secs: Annotated[float, Meta(gt=0, le=600)] = 10.0
+    on_away: Literal["continue", "clear"] = "continue"
 
     def __repr__(self) -> str:
         authorization = MASKED if self.authorization else None
@@ -170,11 +176,12 @@ Service = WebsocketService | EchoService
 class Route(Struct, frozen=True):
     """Who takes the calls that fit everything given here; the first route that fits counts.
 
-    service: name of one of `services`; required.
+    service: name of one of `services`, or a list of names, tried in order; required.
     name: what the route is called in logs and stream tokens, at most 32 characters; default `route-` and its place.
     provider: name of one of `providers`; default any.
     called: pattern of the number or SIP URI that was called, `*` any text, `?` one character; default any.
     caller: pattern of the number or SIP URI that calls; default any.
+    on_lost: what follows when a service that had the call stays away: end the call (`hangup`), or the list's `next` one.
     """
 
     service: tuple[str, ...]
@@ -182,6 +189,7 @@ class Route(Struct, frozen=True):
     called: Pattern | None = None
     caller: Pattern | None = None
     name: Annotated[str, Meta(extra={"check": _route_name})] | None = None
+    on_lost: Literal["hangup", "next"] = "hangup"
 
     @property
     def label(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import aiohttp
 from aiohttp import web
@@ -18,6 +19,7 @@ from gateway.media import Track
 from gateway.provider import Codec
 from gateway.routing import match
 from gateway.services import Link, ServiceLost
+from gateway.services.dialler import Dialler
 from gateway.services.echo import EchoLink
 from gateway.services.websocket import WebsocketLink
 from gateway.session import Session
@@ -40,7 +42,7 @@ class House:
     settings: Settings
     bus: Bus
     clock: Clock
-    http: aiohttp.ClientSession
+    dialler: Dialler
     door: Door
     streams: dict[str, Stream] = field(default_factory=dict)
     """By session id."""
@@ -65,7 +67,7 @@ class Stream:
         self.session_id = uuid.uuid4().hex
         self.provider = provider_name
         self.kind = house.settings.providers[provider_name].kind
-        self.http = house.http
+        self.dialler = house.dialler
         self.log = log.bind(session=self.session_id)
         self._house = house
         self._admitted = admitted
@@ -75,7 +77,7 @@ class Stream:
         self._wake = asyncio.Event()
         self._tasks: asyncio.TaskGroup
         self._serving: asyncio.Task[None] | None = None
-        self._link: Link | None = None
+        self._links: list[Link] = []
         self._began = self._loop.time()
         self._armed = float("inf")
         self._channel = house.bus.channel(self.session_id)
@@ -120,6 +122,9 @@ class Stream:
     def perform(self, command: Command) -> None:
         self.session.perform(command, self._loop.time())
         self._wake.set()
+
+    def pending(self) -> tuple[int, tuple[str, ...]]:
+        return self.session.pending(self._loop.time())
 
     def fault(self, code: str, message: str, ref: str | int | None) -> None:
         self.session.fault(code, message, ref)
@@ -178,13 +183,11 @@ class Stream:
             self.log.warning("no_route", caller=start.caller, called=start.called)
             self._loop.call_soon(self.end, StopReason.SERVICE_LOST)
             return
-        name = route.service[0]
-        service = settings.services[name]
+        service = settings.services[route.service[0]]
         track = service.track if isinstance(service, WebsocketService) else Track.INBOUND
         self.subscription = Subscription(start.media_format, capacity_ms=settings.hold_ms, track=track)
         self._channel.subscribe(self.subscription)
-        self._link = _link(service, self)
-        self._serving = self._tasks.create_task(self._serve(name, self._link))
+        self._serving = self._tasks.create_task(self._serve(route))
 
     def _route(self, start: Start) -> Route | None:
         """The route that the webhook chose, or else the one for what the start frame says."""
@@ -221,12 +224,19 @@ class Stream:
             while len(house.service_lost) > REMEMBERED_LOSSES:
                 del house.service_lost[next(iter(house.service_lost))]
 
-    async def _serve(self, name: str, link: Link) -> None:
-        try:
-            await link.run()
-        except ServiceLost as error:
-            self.log.error("service_lost", service=name, error=str(error))
-            self.end(StopReason.SERVICE_LOST)
+    async def _serve(self, route: Route) -> None:
+        """The services of a route one after the other, until one has served the call to its end."""
+        for group in _groups([(name, self._house.settings.services[name]) for name in route.service]):
+            link = _link(group, self, route)
+            self._links.append(link)
+            try:
+                await link.run()
+                return
+            except ServiceLost as lost:
+                self.log.error("service_lost", services=[name for name, _ in group], error=str(lost))
+                if lost.begun and route.on_lost == "hangup":
+                    break
+        self.end(StopReason.SERVICE_LOST)
 
     # --- gateway to carrier ---
 
@@ -265,8 +275,8 @@ class Stream:
         queued, played, cleared, lost = playout.totals(now) if playout is not None else (0, 0, 0, 0)
         start = session.start
         sample_bytes = start.media_format.sample_bytes if start is not None and start.media_format is not None else 1
-        received = self.subscription.offered_bytes if self._link is not None else session.received_bytes
-        forwarded = self._link.forwarded_bytes if self._link is not None else 0
+        received = self.subscription.offered_bytes if self._links else session.received_bytes
+        forwarded = sum(link.forwarded_bytes for link in self._links)
         self.log.info(
             "stream_ended",
             reason=session.stop.reason if session.stop is not None else None,
@@ -291,12 +301,23 @@ class Stream:
         )
 
 
-def _link(service: Service, stream: Stream) -> Link:
+Named = tuple[str, Service]
+
+
+def _groups(services: list[Named]) -> list[list[Named]]:
+    """Neighbours that one link can choose from."""
+    return [[*group] for _, group in groupby(services, key=lambda each: type(each[1]))]
+
+
+def _link(group: list[Named], stream: Stream, route: Route) -> Link:
+    """A link to the first of these services that takes the call; all are of one kind."""
+    service = group[0][1]
     match service:
         case EchoService():
             return EchoLink(service, stream)
         case WebsocketService():
-            return WebsocketLink(service, stream)
+            several = [(name, each) for name, each in group if isinstance(each, WebsocketService)]
+            return WebsocketLink(several, stream, on_lost=route.on_lost)
 
 
 def _is_frame(message: aiohttp.WSMessage) -> bool:

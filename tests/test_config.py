@@ -424,7 +424,6 @@ BROKEN: list[tuple[str, str]] = [
     (with_route("{service: echo, name: ‸route-7}"), "routes[0].name: what routes without a name are called: 'route-7'"),
     (with_route("{service: echo, name: a}\n  - {service: echo, name: ‸a}"), "routes[1].name: a second route of this name: 'a'"),
     (with_route("{service: ‸[]}"), "routes[0].service: an empty list; name one of `services`"),
-    (with_route("{service: ‸[echo, echo]}"), "a list of services can't be tried in order yet in this version; name one"),
     (with_route("{provider: ‸q, service: echo}"), "routes[0].provider: unknown provider: 'q'; known: p"),
     (with_route("‸{}"), "routes[0]: missing key service; expected text"),
     (with_route("‸echo"), "routes[0]: expected keys and values: 'echo'"),

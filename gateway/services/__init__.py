@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import aiohttp
 from structlog.typing import FilteringBoundLogger
 
 from gateway.bus import Subscription
 from gateway.errors import RemoteError
 from gateway.events import Command, Start
+from gateway.services.dialler import Dialler
 
 
 class ServiceLost(RemoteError):
-    """The service can't be reached, or went away in mid-call. The text says what to look at."""
+    """The service can't be reached, or went away in mid-call and did not come back. The text says what to look at.
+
+    `begun`: it had taken the call, and what it knows of it is gone.
+    """
+
+    def __init__(self, text: str, *, begun: bool = False) -> None:
+        super().__init__(text)
+        self.begun = begun
 
 
 class Line(Protocol):
@@ -24,11 +31,15 @@ class Line(Protocol):
     kind: str
     start: Start
     subscription: Subscription
-    http: aiohttp.ClientSession
+    dialler: Dialler
     log: FilteringBoundLogger
 
     def perform(self, command: Command) -> None:
         """Carry out a command; refusals come back as `Fault` events."""
+        ...
+
+    def pending(self) -> tuple[int, tuple[str, ...]]:
+        """Milliseconds of audio that the caller has yet to hear, and the names of the checkpoints not yet resolved."""
         ...
 
     def fault(self, code: str, message: str, ref: str | int | None) -> None:
@@ -39,8 +50,10 @@ class Line(Protocol):
 class Link(Protocol):
     """One stream's connection to one service."""
 
-    forwarded_bytes: int
-    """Caller audio that reached the service, in bytes of the carrier's format."""
+    @property
+    def forwarded_bytes(self) -> int:
+        """Caller audio that reached the service, in bytes of the carrier's format."""
+        ...
 
     async def run(self) -> None:
         """Serve until the stream's `Stop` was delivered, or the service said it is done. Raises ServiceLost."""

@@ -1,15 +1,16 @@
-"""Our own service protocol, version 1, raw mode: the words of gateway/PROTOCOL.md. One more object of the `Carrier` shape.
+"""Our own service protocol, version 1: the words of gateway/PROTOCOL.md. In raw mode one more object of the `Carrier` shape.
 
-Pure. Up: events become JSON text messages and bare samples. Down: text messages become commands, bare samples `Audio`.
+Pure. Up: events become JSON text messages and bare samples. Down: text messages become commands, bare samples `Audio`. What
+framed mode adds are two texts from the service, `Ready` and `Ack`, which `read` gives; its binary header is in `framed`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import assert_never
+from typing import Annotated, TypeVar, assert_never
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from gateway.errors import MalformedFrame
 from gateway.events import (
@@ -53,6 +54,17 @@ class Up(Struct, frozen=True, tag_field="type"):
     """Root of the messages from the gateway."""
 
 
+class Resume(Struct, frozen=True):
+    """Where a stream stands that has lost its service: frame numbers both ways, and what the caller has yet to hear."""
+
+    session: str
+    oldest: int
+    next: int
+    next_out: int
+    queued_ms: int
+    checkpoints: tuple[str, ...]
+
+
 class StartUp(Up, frozen=True, tag="start"):
     session: str
     provider: str
@@ -69,7 +81,7 @@ class StartUp(Up, frozen=True, tag="start"):
     frame_ms: int
     accepts: tuple[str, ...]
     parameters: dict[str, str]
-    resume: None = None
+    resume: Resume | None = None
 
 
 class DtmfUp(Up, frozen=True, tag="dtmf"):
@@ -124,6 +136,10 @@ class FaultUp(Up, frozen=True, tag="fault"):
     ref: str | int | None
 
 
+class AckUp(Up, frozen=True, tag="ack"):
+    seq: int
+
+
 class StopUp(Up, frozen=True, tag="stop"):
     reason: StopReason
     account: Account
@@ -175,10 +191,25 @@ class StopDown(Down, frozen=True, tag="stop", kw_only=True):
     handoff: str | None = None
 
 
+class Ready(Down, frozen=True, tag="ready", kw_only=True):
+    """Framed mode: the first frame wanted; None for live; left out for all that has not been acknowledged."""
+
+    next: Annotated[int, Meta(ge=0)] | UnsetType | None = UNSET
+
+
+class Ack(Down, frozen=True, tag="ack", kw_only=True):
+    """Framed mode: the highest frame taken."""
+
+    seq: Annotated[int, Meta(ge=0)]
+
+
 DownMessage = CheckpointDown | ClearDown | DtmfDown | SayDown | PlayDown | LanguageDown | StopDown
+FramedMessage = DownMessage | Ready | Ack
 
 _decoder = msgspec.json.Decoder(DownMessage)
+_framed_decoder = msgspec.json.Decoder(FramedMessage)
 _encoder = msgspec.json.Encoder()
+_T = TypeVar("_T")
 
 
 class _Ref(Struct):
@@ -224,32 +255,41 @@ class NativeCarrier:
         """The command of one message. Raises Malformed with a sentence for the service's author."""
         if isinstance(frame, bytes):
             return (Audio(frame),) if frame else ()
-        try:
-            message = _decoder.decode(frame)
-        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-            raise Malformed(str(error), _ref_of(frame)) from error
-        return (_command(message),)
+        return (_command(_decoded(_decoder, frame)),)
+
+    def read(self, text: str) -> Command | Ready | Ack:
+        """The command, or the housekeeping, of one text in framed mode. Raises Malformed."""
+        message = _decoded(_framed_decoder, text)
+        return message if isinstance(message, (Ready, Ack)) else _command(message)
+
+    def start(self, start: Start, resume: Resume | None) -> str:
+        """The first message of a connection."""
+        return _encoder.encode(self._start(start, resume)).decode()
+
+    def _start(self, start: Start, resume: Resume | None) -> StartUp:
+        return StartUp(
+            session=self._session,
+            provider=self._provider,
+            kind=self._kind,
+            stream_id=start.stream_id,
+            call_id=start.call_id,
+            account_id=start.account_id,
+            caller=start.caller,
+            called=start.called,
+            direction=start.direction,
+            role=self._role,
+            track=self._track,
+            media_format=self._media_format,
+            frame_ms=self._frame_ms,
+            accepts=start.accepts,
+            parameters=start.parameters,
+            resume=resume,
+        )
 
     def _message(self, event: Event) -> Up | None:
         match event:
             case Start():
-                return StartUp(
-                    session=self._session,
-                    provider=self._provider,
-                    kind=self._kind,
-                    stream_id=event.stream_id,
-                    call_id=event.call_id,
-                    account_id=event.account_id,
-                    caller=event.caller,
-                    called=event.called,
-                    direction=event.direction,
-                    role=self._role,
-                    track=self._track,
-                    media_format=self._media_format,
-                    frame_ms=self._frame_ms,
-                    accepts=event.accepts,
-                    parameters=event.parameters,
-                )
+                return self._start(event, None)
             case Dtmf():
                 return DtmfUp(event.digits)
             case Checkpoint():
@@ -276,6 +316,24 @@ class NativeCarrier:
                 return None
             case _ as never:
                 assert_never(never)
+
+
+def numbered(text: str, number: int, replayed: bool) -> str:
+    """A text as framed mode sends it: with its number, which a service may use to take each text once."""
+    mark = ',"replayed":true' if replayed else ""
+    return f'{text[:-1]},"n":{number}{mark}}}'
+
+
+def acknowledgement(seq: int) -> str:
+    """The text that acknowledges a service's audio."""
+    return _encoder.encode(AckUp(seq)).decode()
+
+
+def _decoded(decoder: msgspec.json.Decoder[_T], text: str) -> _T:
+    try:
+        return decoder.decode(text)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise Malformed(str(error), _ref_of(text)) from error
 
 
 def _command(message: DownMessage) -> Command:

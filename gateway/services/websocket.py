@@ -1,41 +1,261 @@
-"""A service behind a WebSocket that we dial, one connection per stream. Audio is converted here, and only here."""
+"""A stream's link to services behind WebSockets that we dial. Connections come and go; the link lasts as long as the stream."""
 
 from __future__ import annotations
 
 import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-import aiohttp
+from aiohttp import WebSocketError, WSMessage, WSMsgType
+from msgspec import UNSET
 
-from gateway.audio import Converter, Reframer
+from gateway.audio import Converter
 from gateway.errors import MalformedFrame
-from gateway.events import Account, After, Audio, Checkpoint, Clear, Command, Event, Gap, GapReason, Stop
+from gateway.events import COMMAND_NAMES, Account, After, Audio, Checkpoint, Clear, Command, Stop
 from gateway.services import Line, ServiceLost
-from gateway.services.native import SUBPROTOCOL_RAW, Malformed, NativeCarrier
+from gateway.services.dialler import LARGEST_MESSAGE, ServiceSocket, Unreachable
+from gateway.services.framed import HEADER_BYTES, SUBPROTOCOL_FRAMED, Flags, Header, Numbers, pack, unpack
+from gateway.services.intake import Intake
+from gateway.services.native import SUBPROTOCOL_RAW, Ack, Malformed, NativeCarrier, Ready, Resume, acknowledgement, numbered
+from gateway.services.retry import REFUSALS, STABLE_SECS, Backoff, Limiter, Patience, Verdict, verdict
+from gateway.services.ring import Frame, Hole, Ring, Word
 from gateway.settings import WebsocketService
 
-LARGEST_MESSAGE = 16 * 2**20
-"""Bytes of one message from a service: more than two minutes of 24 kHz PCM in one go."""
+READY_SECS = 5.0
+ACK_SECS = 0.2
+MESSAGE_TOO_BIG = 1009
 
-LARGEST_FILL_MS = 10_000
-"""A hole in the caller's audio is filled with silence up to this."""
+LARGEST_AUDIO_BYTES = 4 * 2**20
+"""Audio in one message; more is refused whole. Half a minute at the highest rate and widest samples."""
 
-HEARTBEAT_SECS = 20.0
+LARGEST_TEXT_BYTES = 64 * 1024
+SLICE_BYTES = 32 * 1024
+"""Audio that is converted in one go; between slices other calls have their turn."""
 
-CLOSE_SECS = 2.0
-"""A service that does not answer our close frame in this time is left."""
+MESSAGES_IN_A_ROW = 32
+"""After so many messages of one service, other calls have their turn."""
+
+FAULTS_PER_SEC = 20.0
+"""Mistakes of one service that are told each second; the others are counted."""
+
+FULL_BYTES = 16 * 1024
+"""A connection in which more than this waits gets nothing further; the ring holds it."""
+
+POLL_SECS = 0.005
+"""How often a full connection is looked at. Others need no timer."""
+
+SLOW_MS, FAST_MS = 1000, 500
+"""A service that lags behind the caller by more is slow, until it lags by less."""
+
+
+@dataclass(slots=True)
+class _Ended:
+    """How an attempt, or a connection, ended."""
+
+    verdict: Verdict
+    why: str
+    code: int = 0
+
+
+class _Connection:
+    """One socket, and what is known of it alone."""
+
+    def __init__(self, socket: ServiceSocket, began: float) -> None:
+        self.socket = socket
+        self.framed = socket.protocol == SUBPROTOCOL_FRAMED
+        self.established = False
+        self.at = began
+        self.moved_at = began
+        self.level = 0
+        self.expected = 0  # the number of the frame that would come next without a hole
+        self.replays = False
+        self.released = False
+        self.broken = False
+        self.replay_seq = 0
+        self.replay_number = 0
+        self.acknowledge = False
+        self.closing: _Ended | None = None
+
+    @property
+    def open(self) -> bool:
+        return self.established and self.closing is None and not self.broken
+
+    def full(self, now: float) -> bool:
+        """Whether nothing should be sent now. Notes when something last moved."""
+        level = self.socket.transport.get_write_buffer_size()
+        if level < self.level or level <= FULL_BYTES:
+            self.moved_at = now
+        self.level = level
+        return level > FULL_BYTES
 
 
 class WebsocketLink:
-    """One stream's connection to one service in raw mode: text messages are control, binary messages bare samples."""
+    """One stream and a list of services, of which one at a time has the call.
 
-    def __init__(self, service: WebsocketService, line: Line) -> None:
-        self._service = service
+    At the start of a call they are tried in order, over and over, until one takes it. A service that is lost in mid-call is
+    dialled again, it alone, because it knows the conversation; once given up, `on_lost` decides about the next of the list.
+    """
+
+    def __init__(
+        self,
+        services: Sequence[tuple[str, WebsocketService]],
+        line: Line,
+        *,
+        on_lost: Literal["hangup", "next"] = "hangup",
+    ) -> None:
         self._line = line
-        self._carrier_format = carrier_format = line.start.media_format
-        self._upward = Converter(carrier_format or service.media_format, service.media_format)
-        self._downward = Converter(service.media_format, carrier_format or service.media_format)
-        self._reframer = Reframer(service.media_format.bytes_for(service.frame_ms))
-        self._protocol = NativeCarrier(
+        self._loop = asyncio.get_running_loop()
+        self._on_lost = on_lost
+        self._left = [*services]
+        """Services that may still take the call."""
+        self._round: list[tuple[str, WebsocketService]] = []
+        self._name, self._service = services[0]
+        self._begun = False
+        self._tasks: asyncio.TaskGroup
+        self._pumping: asyncio.Task[None] | None = None
+        self._connection: _Connection | None = None
+        self._intake: Intake | None = None
+        self._protocol: NativeCarrier
+        self._shape: object = None
+        self._downward: Converter
+        self._numbers = Numbers()
+        self._ack_timer: asyncio.TimerHandle | None = None
+        self._backoff = Backoff()
+        self._patience = Patience(self._service.give_up_secs, self._loop.time())
+        self._faults = Limiter(FAULTS_PER_SEC, FAULTS_PER_SEC)
+        self._untold_faults = 0
+        self._slow = False
+        self._full = False
+        self._stopped = False
+        self.faults = 0
+        """Mistakes of the service, told or not."""
+
+    @property
+    def forwarded_bytes(self) -> int:
+        """See `Link`."""
+        return self._intake.ring.forwarded if self._intake is not None else 0
+
+    async def run(self) -> None:
+        """See `Link.run`. Events wait in the subscription until a service has taken the call, from then on in the ring."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                await self._serve()
+                if self._pumping is not None and not self._stopped:
+                    self._pumping.cancel()  # else it is closing the connection
+        except* ServiceLost as lost:
+            raise lost.exceptions[0] from None
+        finally:
+            if self._ack_timer is not None:
+                self._ack_timer.cancel()
+
+    @property
+    def _ring(self) -> Ring:
+        if self._intake is None:
+            raise AssertionError("no service has been reached")
+        return self._intake.ring
+
+    # --- which service, and when ---
+
+    async def _serve(self) -> None:
+        while True:
+            if not self._round:
+                self._round = [(self._name, self._service)] if self._begun else [*self._left]
+            self._name, self._service = self._round.pop(0)
+            ended = await self._attempt()
+            if self._stopped or ended.verdict is Verdict.DONE:
+                if not self._stopped:
+                    self._line.perform(Stop())  # a service that closes without a word is done: the same as `stop`
+                return
+            now = self._loop.time()
+            if ended.verdict is Verdict.FINAL:
+                self._give_up(ended)
+            elif ended.verdict is Verdict.NEXT and self._begun and len(self._left) > 1:
+                self._give_up(ended, moves_on=True)
+            elif self._patience.left(now) <= 0:
+                self._give_up(ended)
+            if not self._round:
+                delay = min(self._backoff.delay(random.random()), max(0.0, self._patience.left(now)))  # noqa: S311 - jitter
+                await self._line.dialler.pause(delay)
+
+    def _give_up(self, ended: _Ended, *, moves_on: bool = False) -> None:
+        """This service won't have the call (any more). Raises ServiceLost unless there is another one."""
+        begun = self._begun
+        if begun:
+            # Its predecessors in the list were tried before it, and have not become better since.
+            names = [name for name, _ in self._left]
+            self._left = self._left[names.index(self._name) + 1 :]
+        elif ended.verdict is Verdict.FINAL:
+            self._left = [each for each in self._left if each[0] != self._name]
+        else:
+            self._left = []
+        if begun and self._on_lost == "hangup" and not moves_on:
+            self._left = []
+        if not self._left:
+            raise ServiceLost(ended.why, begun=begun)
+        if begun:
+            self._begun = False
+            self._round = [*self._left]
+            self._patience = Patience(self._left[0][1].give_up_secs, self._loop.time())
+            self._backoff.reset()
+            self._line.log.warning("service_replaced", service=self._name, by=self._left[0][0])
+
+    async def _attempt(self) -> _Ended:
+        """Dial, serve, and tell how it ended."""
+        try:
+            socket = await self._line.dialler.dial(self._name, self._service)
+        except Unreachable as error:
+            return _Ended(Verdict.FINAL if error.final else Verdict.RETRY, str(error))
+        connection = _Connection(socket, self._loop.time())
+        try:
+            if socket.protocol not in (None, SUBPROTOCOL_RAW, SUBPROTOCOL_FRAMED):
+                return self._hang_up(connection, 4003, f"selected {socket.protocol!r}, which was not offered")
+            ended = await self._attend(connection)
+        finally:
+            self._connection = None
+            if not self._stopped and connection.closing is None:
+                socket.transport.abort()
+        self._lost(connection, ended)
+        return ended
+
+    async def _attend(self, connection: _Connection) -> _Ended:
+        self._adopt()
+        self._connection = connection
+        socket, ring = connection.socket, self._ring
+        resume = None
+        if connection.framed and (ring.next_seq or ring.next_number):
+            queued_ms, names = self._line.pending()
+            resume = Resume(self._line.session_id, ring.oldest, ring.next_seq, self._numbers.next, queued_ms, names)
+            connection.replays = True
+        try:
+            await socket.send_str(self._protocol.start(self._line.start, resume))
+        except ConnectionError as error:
+            return _Ended(Verdict.RETRY, f"{self._service.url} went away: {error}", 1006)
+        ended = None
+        if not connection.framed:
+            self._establish(connection, None)
+        else:
+            try:
+                async with asyncio.timeout(READY_SECS):
+                    while ended is None and not connection.established:
+                        ended = await self._take(connection, await socket.receive())
+            except TimeoutError:
+                return self._hang_up(connection, 4008, f"was not ready within {READY_SECS:g} s")
+        messages = 0
+        while ended is None:
+            ended = await self._take(connection, await socket.receive())
+            messages += 1
+            if not messages % MESSAGES_IN_A_ROW:
+                await asyncio.sleep(0)
+        return ended
+
+    def _adopt(self) -> None:
+        """Prepare for the service that is about to get the call."""
+        service, line = self._service, self._line
+        carrier_format = line.start.media_format
+        self._protocol = protocol = NativeCarrier(
             session=line.session_id,
             provider=line.provider,
             kind=line.kind,
@@ -44,81 +264,187 @@ class WebsocketLink:
             media_format=None if carrier_format is None else service.media_format,
             frame_ms=service.frame_ms,
         )
-        self._stopped = False
-        self.forwarded_bytes = 0
+        shape = (service.media_format, service.frame_ms, service.track, service.replay_ms)
+        if self._intake is not None and shape == self._shape:
+            return
+        self._shape = shape
+        intake = Intake(
+            carrier_format,
+            service.media_format,
+            frame_ms=service.frame_ms,
+            capacity_ms=service.replay_ms,
+            track=service.track,
+            protocol=protocol,
+        )
+        if self._intake is not None:
+            intake.adopt(self._intake, self._loop.time())
+        self._intake = intake
+        self._begun = False
+        self._numbers = Numbers()
+        self._downward = Converter(service.media_format, carrier_format or service.media_format)
+        line.subscription.track = service.track
 
-    async def run(self) -> None:
-        """See `Link.run`. Events wait in the subscription until the service has accepted."""
-        socket = await self._connect()
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                up = tasks.create_task(self._up(socket))
-                await self._down(socket)
-                up.cancel()
-        except* ServiceLost as lost:
-            raise lost.exceptions[0] from None
-        finally:
-            await socket.close()
+    def _establish(self, connection: _Connection, ready: Ready | None) -> None:
+        """The service has the call: from now on events go to it, those first that it has not had."""
+        now = self._loop.time()
+        ring = self._ring
+        away = self._patience.back(now)
+        lost = replay = 0
+        if ready is None:
+            lost = ring.live() if self._begun else 0
+            connection.expected = ring.next_waiting
+        else:
+            wanted = ring.acked + 1 if ready.next is UNSET else ready.next
+            if wanted is not None and wanted > ring.next_seq:
+                self._fault("malformed_command", f"ready.next {wanted} is beyond the next frame, {ring.next_seq}", ready.id)
+                wanted = ring.next_seq
+            if wanted is None and not self._begun:
+                self._absorb()
+            lost = ring.resume(wanted)
+            connection.expected = wanted if wanted is not None else -1
+            if connection.replays:
+                connection.replay_seq, connection.replay_number = ring.next_seq, ring.next_number
+            replay = ring.waiting_bytes
+        if self._begun:
+            self._line.log.info(
+                "service_back",
+                service=self._name,
+                away_ms=round(away * 1000),
+                replayed_ms=round(self._service.media_format.duration_ms(replay)),
+                lost_ms=round(self._service.media_format.duration_ms(lost)),
+            )
+        connection.established = self._begun = True
+        connection.at = connection.moved_at = now
+        if self._pumping is None:
+            self._pumping = self._tasks.create_task(self._pump())
+        self._line.subscription.nudge()
 
-    async def _connect(self) -> aiohttp.ClientWebSocketResponse:
-        service = self._service
-        headers = {"Authorization": f"Bearer {service.authorization}"} if service.authorization else {}
-        try:
-            async with asyncio.timeout(service.connect_timeout_secs):
-                return await self._line.http.ws_connect(
-                    service.url,
-                    protocols=(SUBPROTOCOL_RAW,),
-                    headers=headers,
-                    compress=0,
-                    max_msg_size=LARGEST_MESSAGE,
-                    heartbeat=HEARTBEAT_SECS,
-                    timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_SECS),
-                )
-        except TimeoutError:
-            raise ServiceLost(f"no connection to {service.url} within {service.connect_timeout_secs} s") from None
-        except aiohttp.WSServerHandshakeError as error:
-            raise ServiceLost(f"{service.url} refused the WebSocket handshake with HTTP {error.status}") from None
-        except (aiohttp.ClientError, OSError) as error:
-            raise ServiceLost(f"can't connect to {service.url}: {error}") from None
+    def _lost(self, connection: _Connection, ended: _Ended) -> None:
+        """The connection is over, and the call is not."""
+        self._slow = False
+        if not connection.established or self._stopped or ended.verdict is Verdict.DONE:
+            return
+        stable = self._patience.lost(self._loop.time())
+        if stable:
+            self._backoff.reset()
+        if ended.code in REFUSALS and not stable:
+            self._begun = False
+            self._ring.rewind()
+        self._line.log.warning("service_away", service=self._name, error=ended.why)
+        if not connection.framed and self._line.start.media_format is not None and (tail := self._downward.flush()):
+            self._line.perform(Audio(tail))
+        if self._service.on_away == "clear" and COMMAND_NAMES[Clear] in self._line.start.accepts:
+            self._line.perform(Clear())
 
     # --- caller to service ---
 
-    async def _up(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+    async def _pump(self) -> None:
+        """Events into the ring, and from the ring to the service, as long as the stream lasts."""
+        while not self._stopped:
+            if self._full:
+                await asyncio.sleep(POLL_SECS)
+            else:
+                await self._line.subscription.wait()
+            self._absorb()
+            await self._flush()
+
+    def _absorb(self) -> None:
+        if self._intake is not None:
+            now = self._loop.time()
+            for event in self._line.subscription.take_nowait():
+                self._intake.take(event, now)
+
+    async def _flush(self) -> None:
+        """Send what the connection takes. No send ever waits: what it does not take stays in the ring."""
+        connection = self._connection
+        self._full = False
+        if connection is None or not connection.open:
+            return
+        now, ring = self._loop.time(), self._ring
+        keep = connection.framed or now - connection.at < STABLE_SECS
+        if not keep and not connection.released:
+            ring.release()
+            connection.released = True
         try:
-            while not self._stopped:
-                for event in await self._line.subscription.take():
-                    if type(event) is Audio:
-                        await self._send_audio(socket, self._upward.convert(event.payload))
-                        self.forwarded_bytes += len(event.payload)
-                    else:
-                        await self._tell(socket, event)
-            await socket.close()
-        except (ConnectionError, aiohttp.ClientError) as error:
-            raise ServiceLost(f"{self._service.url} went away: {error}") from None
+            if connection.acknowledge and not connection.full(now):
+                connection.acknowledge = False
+                await connection.socket.send_str(acknowledgement(self._numbers.next - 1))
+            while not connection.full(now) and (entry := ring.take(keep=keep)) is not None:
+                try:
+                    await self._send(connection, entry)
+                except ConnectionError:
+                    ring.put_back(entry)
+                    raise
+                if self._stopped:
+                    await connection.socket.close()
+                    return
+        except ConnectionError:
+            connection.broken = True  # who receives sees it too, and ends the connection
+            return
+        self._full = connection.level > FULL_BYTES
+        self._watch(connection, now)
 
-    async def _send_audio(self, socket: aiohttp.ClientWebSocketResponse, samples: bytes) -> None:
-        for frame in self._reframer.push(samples):
-            await socket.send_bytes(frame)
+    async def _send(self, connection: _Connection, entry: Frame | Word | Hole) -> None:
+        socket = connection.socket
+        match entry:
+            case Frame() if connection.framed:
+                flags = entry.flags | (Flags.REPLAYED if entry.seq < connection.replay_seq else 0)
+                if entry.seq != connection.expected:
+                    flags |= Flags.DISCONTINUITY
+                connection.expected = entry.seq + 1
+                await socket.send_bytes(pack(Header(self._service.track, flags, entry.seq, entry.pos), entry.payload))
+            case Frame():
+                await socket.send_bytes(entry.payload)
+            case Hole() if self._intake is not None:
+                await socket.send_str(self._intake.told(entry))
+            case Word():
+                stop = isinstance(entry.message, Stop)
+                text = entry.message
+                if isinstance(text, Stop):
+                    (encoded,) = self._protocol.encode(self._accounted(text))
+                    text = str(encoded)
+                if connection.framed:
+                    text = numbered(text, entry.number, entry.number < connection.replay_number)
+                await socket.send_str(text)
+                self._stopped = stop
+            case _:
+                pass
 
-    async def _tell(self, socket: aiohttp.ClientWebSocketResponse, event: Event) -> None:
-        if isinstance(event, Stop):
-            self._stopped = True
-            await self._send_audio(socket, self._upward.flush())
-            if rest := self._reframer.flush():
-                await socket.send_bytes(rest)
-            event = self._accounted(event)
-        for message in self._protocol.encode(event):
-            await socket.send_str(str(message))
-        if isinstance(event, Gap) and event.reason is GapReason.CARRIER and self._carrier_format is not None:
-            silence = self._carrier_format.silence(min(event.lost_ms, LARGEST_FILL_MS))
-            await self._send_audio(socket, self._upward.convert(silence))
+    def _watch(self, connection: _Connection, now: float) -> None:
+        """Is the service slow, or has it stopped taking anything at all?"""
+        service, ring = self._service, self._ring
+        behind = ring.unacked_bytes if connection.framed else ring.waiting_bytes + connection.level
+        if self._slow or behind:
+            lag_ms = service.media_format.duration_ms(behind)
+            if not self._slow and lag_ms > SLOW_MS and now - connection.at > SLOW_MS / 1000:
+                self._slow = True
+                self._line.log.warning("service_slow", service=self._name, lag_ms=round(lag_ms))
+            elif self._slow and lag_ms < FAST_MS:
+                self._slow = False
+                self._line.log.info("service_keeps_up", service=self._name, lag_ms=round(lag_ms))
+        if self._full and now - connection.moved_at > service.replay_ms / 1000:
+            self._hang_up(connection, 4009, f"took nothing for {service.replay_ms / 1000:g} s")
+
+    def _hang_up(self, connection: _Connection, code: int, why: str) -> _Ended:
+        """Close the connection beside everything else, and have it count as lost."""
+
+        async def close() -> None:
+            try:
+                await connection.socket.close(code=code)
+            finally:
+                connection.socket.transport.abort()
+
+        connection.closing = _Ended(verdict(code), f"{self._service.url} {why}", code)
+        self._tasks.create_task(close())
+        return connection.closing
 
     def _accounted(self, stop: Stop) -> Stop:
         """The stream's account, completed by what only this link knows."""
-        if stop.account is None or self._carrier_format is None:
+        carrier_format = self._line.start.media_format
+        if stop.account is None or carrier_format is None:
             return stop
-        received = round(self._carrier_format.duration_ms(self._line.subscription.offered_bytes))
-        forwarded = round(self._carrier_format.duration_ms(self.forwarded_bytes))
+        received = round(carrier_format.duration_ms(self._line.subscription.offered_bytes))
+        forwarded = round(carrier_format.duration_ms(self.forwarded_bytes))
         playout = stop.account
         return Stop(
             stop.reason,
@@ -135,39 +461,121 @@ class WebsocketLink:
 
     # --- service to caller ---
 
-    async def _down(self, socket: aiohttp.ClientWebSocketResponse) -> None:
-        async for message in socket:
-            if message.type is aiohttp.WSMsgType.BINARY:
-                if payload := self._downward.convert(message.data):
-                    self._line.perform(Audio(payload))
-            elif message.type is aiohttp.WSMsgType.TEXT:
-                self._obey(message.data)
-        if self._stopped:
-            return
-        if socket.close_code == aiohttp.WSCloseCode.OK:
-            # A service that closes without a word is done: the same as `stop`.
-            self._line.perform(Stop())
-            return
-        raise ServiceLost(f"{self._service.url} closed the connection in mid-call (code {socket.close_code})")
+    async def _take(self, connection: _Connection, message: WSMessage) -> _Ended | None:
+        """One message of the service. Returns how the connection ended, if it did."""
+        if message.type is WSMsgType.TEXT:
+            self._obey(connection, message.data)
+        elif message.type is WSMsgType.BINARY:
+            await self._play(connection, message.data)
+        else:
+            return connection.closing or self._ended(message)
+        return None
 
-    def _obey(self, frame: str) -> None:
+    def _ended(self, message: WSMessage) -> _Ended:
+        # Only a close frame's code counts: the library also reports a connection that just ended as 1000.
+        code = 1006
+        if message.type is WSMsgType.CLOSE:
+            code = message.data or 1005
+        elif message.type is WSMsgType.ERROR and isinstance(message.data, WebSocketError):
+            code = message.data.code
+            if code == MESSAGE_TOO_BIG:
+                self._fault("message_too_large", f"a message was longer than {LARGEST_MESSAGE} bytes", None)
+        return _Ended(verdict(code), f"{self._service.url} closed the connection in mid-call (code {code})", code)
+
+    async def _play(self, connection: _Connection, payload: bytes) -> None:
+        flags = begin = 0
+        if connection.framed:
+            try:
+                header = unpack(payload, self._service.media_format.sample_bytes)
+            except MalformedFrame as error:
+                self._fault(error.reason, str(error), None)
+                return
+            if not self._numbers.take(header.seq):
+                return
+            if self._ack_timer is None:
+                self._ack_timer = self._loop.call_later(ACK_SECS, self._acknowledge)
+            flags, begin = header.flags, HEADER_BYTES
+        if len(payload) > LARGEST_AUDIO_BYTES:
+            self._fault(
+                "message_too_large", f"{len(payload)} bytes of audio in one message: send at most {LARGEST_AUDIO_BYTES}", None
+            )
+            return
+        if flags & Flags.DISCONTINUITY:
+            self._play_out()
+        if len(payload) <= SLICE_BYTES:
+            self._convert(payload[begin:] if begin else payload)
+        else:
+            for at in range(begin, len(payload), SLICE_BYTES):
+                self._convert(payload[at : at + SLICE_BYTES])
+                await asyncio.sleep(0)
+        if flags & Flags.LAST:
+            self._play_out()
+
+    def _convert(self, samples: bytes) -> None:
+        if payload := self._downward.convert(samples):
+            self._line.perform(Audio(payload))
+
+    def _play_out(self) -> None:
+        """The converter's tail belongs to what was said before."""
+        if tail := self._downward.flush():
+            self._line.perform(Audio(tail))
+
+    def _acknowledge(self) -> None:
+        self._ack_timer = None
+        if self._connection is not None and self._connection.framed:
+            self._connection.acknowledge = True
+            self._line.subscription.nudge()
+
+    def _obey(self, connection: _Connection, text: str) -> None:
+        if len(text) > LARGEST_TEXT_BYTES:
+            self._fault("malformed_command", f"a text of {len(text)} characters: send at most {LARGEST_TEXT_BYTES}", None)
+            return
+        commands: list[Command] = []
         try:
-            commands = list(self._protocol.decode(frame))
+            if connection.framed:
+                message = self._protocol.read(text)
+                if isinstance(message, Ready):
+                    self._ready(connection, message)
+                elif isinstance(message, Ack):
+                    self._confirm(message)
+                else:
+                    commands.append(message)
+            else:
+                commands.extend(self._protocol.decode(text))
         except MalformedFrame as error:
-            ref = error.ref if isinstance(error, Malformed) else None
-            self._line.fault(error.reason, str(error), ref)
+            self._fault(error.reason, str(error), error.ref if isinstance(error, Malformed) else None)
             return
         for command in commands:
             self._settle(command)
             self._line.perform(command)
 
+    def _ready(self, connection: _Connection, ready: Ready) -> None:
+        if connection.established:
+            raise Malformed("ready was said before", ready.id)
+        self._establish(connection, ready)
+
+    def _confirm(self, ack: Ack) -> None:
+        if not self._ring.ack(ack.seq):
+            raise Malformed(f"ack of {ack.seq}: the next frame to be sent is {self._ring.next_waiting}", ack.id)
+
     def _settle(self, command: Command) -> None:
         """The converter's tail belongs to what was said before a checkpoint or the end; a clear throws it away."""
         match command:
             case Checkpoint() | Stop(after=After.PLAYED):
-                if tail := self._downward.flush():
-                    self._line.perform(Audio(tail))
+                self._play_out()
             case Clear():
                 self._downward.reset()
             case _:
                 pass
+
+    def _fault(self, code: str, message: str, ref: str | int | None) -> None:
+        """Tell the service of its mistake, unless it makes them faster than anybody reads."""
+        self.faults += 1
+        if not self._faults.take(self._loop.time()):
+            self._untold_faults += 1
+            return
+        message = message[:300]
+        if self._untold_faults:
+            message += f" (and {self._untold_faults} more before it)"
+            self._untold_faults = 0
+        self._line.fault(code, message, ref)

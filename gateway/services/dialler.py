@@ -1,0 +1,185 @@
+"""How services are dialled: one client for all calls of a process, which knows which services can't be reached at the moment."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from socket import IPPROTO_TCP, SO_SNDBUF, SOL_SOCKET, AddressFamily
+from typing import Any
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.resolver import DefaultResolver
+
+from gateway.errors import RemoteError
+from gateway.services.framed import SUBPROTOCOL_FRAMED
+from gateway.services.native import SUBPROTOCOL_RAW
+from gateway.services.retry import FAILURES_PER_SEC, FINAL_STATUSES, Breaker, Limiter
+from gateway.settings import WebsocketService
+
+HANDSHAKES = 32
+"""Handshakes at once: a service that is back is not run over by a thousand calls."""
+
+LARGEST_MESSAGE = 16 * 2**20
+"""Bytes of one message from a service; a larger one closes the connection (1009)."""
+
+HEARTBEAT_SECS = 20.0
+CLOSE_SECS = 2.0
+"""A service that does not answer our close frame in this time is left."""
+
+RESOLVE_SECS = 1.0
+"""Name servers that take longer count as down: half of what a connection may take."""
+
+SEND_BUFFER_BYTES, UNSENT_BYTES = 16 * 1024, 8 * 1024
+"""What the kernel may hold of a connection, and of that not yet on the wire: audio waits where it can be counted and dropped."""
+
+_TCP_NOTSENT_LOWAT = 25  # Linux; the `socket` module names it from Python 3.12 on
+
+
+class Unreachable(RemoteError):
+    """No connection. `final`: the next attempt would end the same way."""
+
+    def __init__(self, text: str, *, final: bool = False) -> None:
+        super().__init__(text)
+        self.final = final
+
+
+class Redirected(aiohttp.ClientError):
+    """A service answered the handshake with a redirect, which is never followed: it could lead anywhere."""
+
+
+class ServiceSocket(aiohttp.ClientWebSocketResponse):
+    """A client's socket whose transport can be asked how much waits in it, and cut."""
+
+    def __init__(self, reader: Any, writer: Any, *args: Any, **options: Any) -> None:
+        super().__init__(reader, writer, *args, **options)
+        self.transport: asyncio.Transport = writer.transport
+        # Whoever sends looks at the level himself; a send that waits would hold up what comes behind it.
+        self.transport.set_write_buffer_limits(high=64 * 2**20)
+        raw = self.transport.get_extra_info("socket")
+        with suppress(OSError, AttributeError):
+            raw.setsockopt(SOL_SOCKET, SO_SNDBUF, SEND_BUFFER_BYTES)
+            raw.setsockopt(IPPROTO_TCP, _TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+
+
+class LastGoodResolver(AbstractResolver):
+    """Asks the system at every attempt, and goes by the last good answer while the name servers are down."""
+
+    def __init__(self, system: AbstractResolver | None = None) -> None:
+        self._system = system or DefaultResolver()
+        self._good: dict[tuple[str, int, int], list[ResolveResult]] = {}
+
+    async def resolve(self, host: str, port: int = 0, family: AddressFamily = AddressFamily.AF_INET) -> list[ResolveResult]:
+        key = (host, port, int(family))
+        try:
+            async with asyncio.timeout(RESOLVE_SECS):
+                self._good[key] = await self._system.resolve(host, port, family)
+        except (OSError, TimeoutError) as error:
+            if key not in self._good:
+                raise OSError(None, str(error) or f"no answer for {host} within {RESOLVE_SECS:g} s") from error
+        return self._good[key]
+
+    async def close(self) -> None:
+        await self._system.close()
+
+
+class Dialler:
+    """Dials services for all calls of a process. Make it in a running loop; `close` it at the end."""
+
+    def __init__(self, user_agent: str, *, resolver: AbstractResolver | None = None) -> None:
+        trace = aiohttp.TraceConfig()
+        trace.on_request_redirect.append(_refuse_redirect)
+        self._resolver = LastGoodResolver(resolver)
+        self.http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, use_dns_cache=False, resolver=self._resolver),
+            trace_configs=[trace],
+            headers={"User-Agent": user_agent},
+            ws_response_class=ServiceSocket,
+        )
+        self._breakers: defaultdict[str, Breaker] = defaultdict(Breaker)
+        self._handshakes = asyncio.Semaphore(HANDSHAKES)
+        self._limiter = Limiter(FAILURES_PER_SEC, FAILURES_PER_SEC)
+        self._news = asyncio.Event()
+        self.dials = 0
+
+    async def close(self) -> None:
+        await self.http.close()
+        await self._resolver.close()
+
+    async def dial(self, name: str, service: WebsocketService) -> ServiceSocket:
+        """A connection to the service called `name`. Raises Unreachable."""
+        loop = asyncio.get_running_loop()
+        breaker = self._breakers[name]
+        if not breaker.allows(loop.time()):
+            raise Unreachable(f"{service.url} can't be reached at the moment")
+        answered = False
+        try:
+            async with self._slot():
+                socket = await self._connect(service)
+            answered = True
+        except Unreachable as error:
+            answered = error.final
+            if not answered:
+                breaker.failed(loop.time())
+            raise
+        finally:
+            if answered:
+                self._limiter.give_back()
+                if breaker.succeeded():
+                    self._announce()
+            else:
+                breaker.forget()
+        return socket
+
+    async def pause(self, secs: float) -> None:
+        """Wait; not so long if a service comes back that could not be reached."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(secs):
+                await self._news.wait()
+
+    def _announce(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+    @asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        async with self._handshakes:
+            self.dials += 1
+            if wait := self._limiter.reserve(asyncio.get_running_loop().time()):
+                await asyncio.sleep(wait)
+            yield
+
+    async def _connect(self, service: WebsocketService) -> ServiceSocket:
+        headers = {"Authorization": f"Bearer {service.authorization}"} if service.authorization else {}
+        url = service.url
+        try:
+            async with asyncio.timeout(service.connect_timeout_secs):
+                socket = await self.http.ws_connect(
+                    url,
+                    protocols=(SUBPROTOCOL_RAW, SUBPROTOCOL_FRAMED),
+                    headers=headers,
+                    compress=0,
+                    max_msg_size=LARGEST_MESSAGE,
+                    heartbeat=HEARTBEAT_SECS,
+                    timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_SECS),
+                )
+        except TimeoutError:
+            raise Unreachable(f"no connection to {url} within {service.connect_timeout_secs:g} s") from None
+        except aiohttp.WSServerHandshakeError as error:
+            if error.status == 101:
+                raise Unreachable(f"{url} answered the WebSocket handshake wrongly: {error.message}") from None
+            final = error.status in FINAL_STATUSES
+            raise Unreachable(f"{url} refused the WebSocket handshake with HTTP {error.status}", final=final) from None
+        except Redirected as error:
+            raise Unreachable(f"{url}: {error}", final=True) from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise Unreachable(f"can't connect to {url}: {error}") from None
+        if not isinstance(socket, ServiceSocket):
+            raise TypeError(type(socket))
+        return socket
+
+
+async def _refuse_redirect(*_: object) -> None:
+    raise Redirected("the service answered with a redirect; write the final URL into the configuration")

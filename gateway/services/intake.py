@@ -1,0 +1,104 @@
+"""One stream's events on their way to one service: audio converted and cut into frames, control as texts, all into its ring."""
+
+from __future__ import annotations
+
+from gateway.audio import Converter, Reframer
+from gateway.events import Audio, Event, Gap, GapReason, Start, Stop
+from gateway.media import MediaFormat, Track
+from gateway.services.framed import Flags
+from gateway.services.native import NativeCarrier
+from gateway.services.ring import Frame, Hole, Ring
+
+LARGEST_FILL_MS = 10_000
+"""A hole in the caller's audio is filled with silence up to this."""
+
+
+class Intake:
+    """Pure. `source` is the carrier's format (None on a stream of text), `target` the service's."""
+
+    def __init__(
+        self,
+        source: MediaFormat | None,
+        target: MediaFormat,
+        *,
+        frame_ms: int,
+        capacity_ms: int,
+        track: Track,
+        protocol: NativeCarrier,
+    ) -> None:
+        self.ring = Ring(target if source is not None else None, target.bytes_for(frame_ms), capacity_ms)
+        self._source = source
+        self._target = target
+        self._track = track
+        self._protocol = protocol
+        self._converter = Converter(source or target, target)
+        self._reframer = Reframer(target.bytes_for(frame_ms))
+        self._share = (source or target).bytes_for(frame_ms)
+        self._pending = 0  # bytes of the carrier's audio that no frame stands for yet
+
+    def take(self, event: Event, now: float) -> None:
+        """Put one event of the stream into the ring."""
+        if type(event) is Audio:
+            self._hear(event.payload, len(event.payload))
+            return
+        if isinstance(event, Start):
+            return  # told anew at the beginning of each connection
+        if isinstance(event, Stop):
+            self._finish()
+            self.ring.say(event, now)
+            return
+        for text in self._protocol.encode(event):
+            if isinstance(text, str):
+                self.ring.say(text, now)
+        if isinstance(event, Gap) and event.track is self._track and self._source is not None:
+            self._leave_out(event)
+
+    def adopt(self, other: Intake, now: float) -> None:
+        """Take over what another intake, for a service with another format, still holds."""
+        entries = other.ring.drain()
+        if hole := other.ring.hole:
+            self.ring.say(other.told(hole), now)
+        self.ring.forwarded = other.ring.forwarded
+        converter = Converter(other._target, self._target)
+        for entry in entries:
+            if isinstance(entry, Frame):
+                self._frame(converter.convert(entry.payload), entry.heard)
+                continue
+            if isinstance(entry.message, Stop):
+                self._finish()
+            self.ring.say(entry.message, now)
+        if self._source is not None:
+            self._frame(converter.flush(), other._pending)
+
+    def _hear(self, payload: bytes, heard: int) -> None:
+        self._frame(self._converter.convert(payload), heard)
+
+    def _frame(self, samples: bytes, heard: int) -> None:
+        self._pending += heard
+        for frame in self._reframer.push(samples):
+            share = min(self._pending, self._share)
+            self._pending -= share
+            self.ring.hear(frame, share, 0 if share else Flags.SILENCE)
+
+    def _leave_out(self, gap: Gap) -> None:
+        fill = min(gap.lost_ms, LARGEST_FILL_MS) if gap.reason is GapReason.CARRIER else 0
+        if fill and self._source is not None:
+            self._hear(self._source.silence(fill), 0)
+        if gap.lost_ms > fill:
+            self.ring.skip((gap.lost_ms - fill) * self._target.sample_rate // 1000)
+
+    def _finish(self) -> None:
+        if self._source is None:
+            return
+        self._frame(self._converter.flush(), 0)
+        if rest := self._reframer.flush():
+            self.ring.hear(rest, self._pending, Flags.LAST)
+        else:
+            self.ring.credit(self._pending)
+        self._pending = 0
+
+    def told(self, hole: Hole) -> str:
+        """The text for a hole in the ring."""
+        lost_ms = round(self._target.duration_ms(hole.size))
+        (text,) = self._protocol.encode(Gap(lost_ms, self._track, hole.reason))
+        return str(text)

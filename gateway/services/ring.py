@@ -1,0 +1,366 @@
+"""What a stream has told its service and may have to tell again: one ordered, bounded ring of audio and control. Pure.
+
+Entries wait (`take` gives the oldest), and once taken are kept until the service has acknowledged them, so that a connection
+that was lost can be taken up again. Audio is bounded by time. Beyond it the oldest goes: first what was sent already, then what
+was not; that leaves one hole, which is told in its place.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from gateway.events import GapReason, Stop
+from gateway.media import MediaFormat
+from gateway.services.framed import Flags
+
+MOST_WORD_BYTES = 256 * 1024
+"""Characters of control texts that are kept; a transcript of ten seconds has a few hundred."""
+
+
+@dataclass(slots=True)
+class Frame:
+    """Audio. `heard` is how many bytes of the carrier's audio it stands for."""
+
+    seq: int
+    pos: int
+    payload: bytes
+    heard: int
+    flags: int
+    sent: bool = False
+
+
+@dataclass(slots=True)
+class Word:
+    """Control: a text that is ready but for its number, or the stop, whose account is drawn up when it leaves."""
+
+    number: int
+    message: str | Stop
+    at: float
+    sent: bool = False
+
+    @property
+    def size(self) -> int:
+        return len(self.message) if isinstance(self.message, str) else 0
+
+
+class Hole(NamedTuple):
+    """Audio that was not sent and won't be, before the next frame; in bytes of the service's format."""
+
+    size: int
+    reason: GapReason
+
+
+Entry = Frame | Word
+
+
+class Ring:
+    """See the module. Sizes are bytes in the service's format, but for `heard` and `forwarded`: the carrier's.
+
+    `hear` and `say` add; `take` gives what to send next. `ack` when the service has it. After a loss `resume` (numbered),
+    `live` (not numbered) or `rewind` (the service never took the call) decides what is sent again.
+    """
+
+    def __init__(self, media_format: MediaFormat | None, frame_bytes: int, capacity_ms: int) -> None:
+        self._sample_bytes = media_format.sample_bytes if media_format is not None else 1
+        self._frame_bytes = frame_bytes
+        self._capacity = max(media_format.bytes_for(capacity_ms), frame_bytes) if media_format is not None else 0
+        self._capacity_secs = capacity_ms / 1000
+        self._waiting: deque[Entry] = deque()
+        self._kept: deque[Entry] = deque()
+        self._kept_bytes = 0
+        self._hole = 0
+        self._hole_reason = GapReason.OVERFLOW
+        self._skipped = False
+        self._acked_pos = 0  # of the first sample that is not acknowledged
+        self._gone_frames = 0  # sent, not acknowledged, and no longer kept
+        self._gone_heard = 0
+        self._word_bytes = 0
+        self.acked = -1
+        self.next_seq = 0
+        self.next_pos = 0
+        self.next_number = 0
+        self.audio_bytes = 0
+        """Bytes of audio in here."""
+        self.forwarded = 0
+        """The carrier's bytes in frames that were sent and are not known to be lost."""
+        self.dropped_words = 0
+
+    # --- in ---
+
+    def hear(self, payload: bytes, heard: int, flags: int = 0) -> None:
+        """Add one frame of audio."""
+        if self._skipped:
+            flags |= Flags.DISCONTINUITY
+            self._skipped = False
+        self._waiting.append(Frame(self.next_seq, self.next_pos, payload, heard, flags))
+        self.next_seq += 1
+        self.next_pos += len(payload) // self._sample_bytes
+        self.audio_bytes += len(payload)
+        if self.audio_bytes > self._capacity:
+            self._make_room()
+
+    def skip(self, samples: int) -> None:
+        """Time went by without audio."""
+        self.next_pos += samples
+        self._skipped = True
+
+    def say(self, message: str | Stop, now: float) -> None:
+        """Add a control text, or the stop."""
+        word = Word(self.next_number, message, now)
+        if self._word_bytes + word.size > MOST_WORD_BYTES:
+            self._forget_words()
+        if self._word_bytes + word.size > MOST_WORD_BYTES:
+            self.dropped_words += 1
+            return
+        self.next_number += 1
+        self._word_bytes += word.size
+        self._waiting.append(word)
+        if not self._capacity:  # a stream of text: nothing is ever acknowledged, so sent words age
+            while self._kept and isinstance(old := self._kept[0], Word) and old.at < now - self._capacity_secs:
+                self._forget()
+
+    def credit(self, heard: int) -> None:
+        """The latest frame stands for this much more of the carrier's audio."""
+        for entries in (self._waiting, self._kept):
+            for entry in reversed(entries):
+                if isinstance(entry, Frame):
+                    entry.heard += heard
+                    self.forwarded += heard if entry.sent else 0
+                    return
+        if self.next_seq:
+            self.forwarded += heard
+
+    # --- out ---
+
+    def take(self, *, keep: bool) -> Entry | Hole | None:
+        """What to send next, or None. `keep` it until it is acknowledged (or `release`d)."""
+        if not self._waiting:
+            return self._told_hole() if self._hole and self._hole_reason is GapReason.RESUME else None
+        entry = self._waiting[0]
+        if self._hole and (isinstance(entry, Frame) or isinstance(entry.message, Stop)):
+            return self._told_hole()
+        self._waiting.popleft()
+        if isinstance(entry, Frame):
+            if not entry.sent:
+                self.forwarded += entry.heard
+            if keep:
+                self._kept_bytes += len(entry.payload)
+            else:
+                self.audio_bytes -= len(entry.payload)
+        elif not keep:
+            self._word_bytes -= entry.size
+        entry.sent = True
+        if keep:
+            self._kept.append(entry)
+        return entry
+
+    def put_back(self, entry: Entry | Hole) -> None:
+        """What was taken last could not be sent."""
+        if isinstance(entry, Hole):
+            self._hole, self._hole_reason = entry
+            return
+        if self._kept and self._kept[-1] is entry:
+            self._kept.pop()
+            self._kept_bytes -= len(entry.payload) if isinstance(entry, Frame) else 0
+        elif isinstance(entry, Frame):
+            self.audio_bytes += len(entry.payload)
+        else:
+            self._word_bytes += entry.size
+        if isinstance(entry, Frame):
+            self.forwarded -= entry.heard
+        entry.sent = False
+        self._waiting.appendleft(entry)
+
+    def ack(self, seq: int) -> bool:
+        """The service has every frame up to this one. Returns False if it was never sent."""
+        if seq >= self.next_waiting:
+            return False
+        if seq <= self.acked:
+            return True
+        oldest = self.oldest
+        pos = self._position(seq + 1)
+        while self._kept_bytes and (first := _first(self._kept)) is not None and first.seq <= seq:
+            pos = first.pos + len(first.payload) // self._sample_bytes
+            while self._forget() is not first:
+                pass
+        self._forget_gone(min(self._gone_frames, max(0, min(seq + 1, oldest) - (oldest - self._gone_frames))))
+        self.acked = seq
+        self._acked_pos = max(self._acked_pos, pos)
+        return True
+
+    def release(self) -> None:
+        """Nothing that was sent will be needed again."""
+        while self._kept:
+            self._forget()
+        self._forget_gone(self._gone_frames)
+        self.acked = max(self.acked, self.next_waiting - 1)
+        self._acked_pos = self._position(self.next_waiting)
+
+    # --- after a loss ---
+
+    def rewind(self) -> None:
+        """Everything kept waits again, in its place."""
+        while self._kept:
+            self._waiting.appendleft(self._kept.pop())
+        self._kept_bytes = 0
+
+    def resume(self, wanted: int | None) -> int:
+        """Go on from frame `wanted`, or live (None). Returns the bytes of audio that this leaves out, told as one hole."""
+        self.rewind()
+        self._hole = 0
+        if wanted is None:
+            missing = (self.next_pos - self._acked_pos) * self._sample_bytes
+            self._lose_gone(self._gone_frames)
+            self._drop_frames()
+        else:
+            wanted = min(wanted, self.next_seq)
+            oldest = self.oldest
+            while (first := _first(self._waiting)) is not None and first.seq < wanted:
+                while (entry := self._waiting.popleft()) is not first:
+                    self._word_bytes -= entry.size if isinstance(entry, Word) else 0
+                self.audio_bytes -= len(first.payload)
+            self.acked = max(self.acked, wanted - 1)
+            self._acked_pos = max(self._acked_pos, self._position(wanted))
+            missing = max(0, oldest - wanted) * self._frame_bytes
+            lost = min(self._gone_frames, max(0, oldest - wanted))
+            self._forget_gone(self._gone_frames - lost)
+            self._lose_gone(lost)
+        if missing:
+            self._tell(missing, GapReason.RESUME)
+        return missing
+
+    def live(self) -> int:
+        """Go on with what comes from now on; words that have not been sent still wait. Returns the bytes left out."""
+        missing = self._hole + sum(len(entry.payload) for entry in self._waiting if isinstance(entry, Frame))
+        self.release()
+        self._drop_frames()
+        self._hole = 0
+        if missing:
+            self._tell(missing, GapReason.RESUME)
+        return missing
+
+    def drain(self) -> list[Entry]:
+        """Everything that is in here, to be put into another ring."""
+        self.rewind()
+        entries = [*self._waiting]
+        for entry in entries:
+            if isinstance(entry, Frame):
+                self._uncount(entry)
+        self._waiting.clear()
+        self._word_bytes = 0
+        return entries
+
+    # --- figures ---
+
+    @property
+    def hole(self) -> Hole | None:
+        """The hole that is still to be told."""
+        return Hole(self._hole, self._hole_reason) if self._hole else None
+
+    @property
+    def oldest(self) -> int:
+        """The number of the oldest frame in here; the next one's if there is none."""
+        first = _first(self._kept) if self._kept_bytes else None
+        if first is None:
+            first = _first(self._waiting)
+        return first.seq if first is not None else self.next_seq
+
+    @property
+    def next_waiting(self) -> int:
+        """The number of the first frame that has not been sent (again)."""
+        first = _first(self._waiting)
+        return first.seq if first is not None else self.next_seq
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of audio that have not been sent."""
+        return self.audio_bytes - self._kept_bytes
+
+    @property
+    def unacked_bytes(self) -> int:
+        """Bytes of audio since the last acknowledgement, kept or not."""
+        return max(0, self.next_pos - self._acked_pos) * self._sample_bytes
+
+    # --- inside ---
+
+    def _position(self, seq: int) -> int:
+        """The index of frame `seq`'s first sample; exact unless time was skipped between it and the oldest in here."""
+        first = _first(self._kept) if self._kept_bytes else None
+        first = first or _first(self._waiting)
+        at, pos = (first.seq, first.pos) if first is not None else (self.next_seq, self.next_pos)
+        return max(0, min(self.next_pos, pos + (seq - at) * (self._frame_bytes // self._sample_bytes)))
+
+    def _told_hole(self) -> Hole:
+        hole = Hole(self._hole, self._hole_reason)
+        self._hole = 0
+        return hole
+
+    def _tell(self, size: int, reason: GapReason) -> None:
+        self._hole, self._hole_reason = size, reason
+
+    def _forget(self) -> Entry:
+        entry = self._kept.popleft()
+        if isinstance(entry, Frame):
+            self._kept_bytes -= len(entry.payload)
+            self.audio_bytes -= len(entry.payload)
+        else:
+            self._word_bytes -= entry.size
+        return entry
+
+    def _uncount(self, frame: Frame) -> None:
+        """A frame leaves without having been received."""
+        self.audio_bytes -= len(frame.payload)
+        if frame.sent:
+            self.forwarded -= frame.heard
+
+    def _drop_frames(self) -> None:
+        for entry in self._waiting:
+            if isinstance(entry, Frame):
+                self._uncount(entry)
+        self._waiting = deque(entry for entry in self._waiting if isinstance(entry, Word))
+        self.acked = self.next_seq - 1
+        self._acked_pos = self.next_pos
+
+    def _make_room(self) -> None:
+        while self.audio_bytes > self._capacity:
+            if self._kept_bytes:
+                entry = self._forget()
+                if isinstance(entry, Frame):
+                    self._gone_frames += 1
+                    self._gone_heard += entry.heard
+                continue
+            # Audio is near the front: everything before it is a handful of words.
+            at = next(i for i, each in enumerate(self._waiting) if isinstance(each, Frame))
+            frame = self._waiting[at]
+            del self._waiting[at]
+            if isinstance(frame, Frame):
+                self._uncount(frame)
+                if not self._hole:
+                    self._hole_reason = GapReason.OVERFLOW
+                self._hole += len(frame.payload)
+
+    def _forget_gone(self, frames: int) -> None:
+        """So many of the oldest frames that were sent and are no longer kept have arrived."""
+        if frames:
+            self._gone_heard -= self._gone_heard * frames // self._gone_frames
+            self._gone_frames -= frames
+
+    def _lose_gone(self, frames: int) -> None:
+        """So many of the latest frames that were sent and are no longer kept have not arrived."""
+        if frames:
+            lost = self._gone_heard * frames // self._gone_frames
+            self.forwarded -= lost
+            self._gone_heard -= lost
+            self._gone_frames -= frames
+
+    def _forget_words(self) -> None:
+        """Make room for a word: those that were sent already are the ones most likely to have arrived."""
+        for entry in [entry for entry in self._kept if isinstance(entry, Word)]:
+            self._word_bytes -= entry.size
+        self._kept = deque(entry for entry in self._kept if isinstance(entry, Frame))
+
+
+def _first(entries: deque[Entry]) -> Frame | None:
+    return next((entry for entry in entries if isinstance(entry, Frame)), None)
