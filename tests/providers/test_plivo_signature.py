@@ -22,6 +22,7 @@ from gateway.errors import SignatureMismatch
 from gateway.provider import SignedRequest
 from providers import _signature
 from providers.plivo_audio_streaming import Provider, Settings
+from tests.doubles.plivo import signature_v3
 
 NONCE = "05429567804466091622"
 TOKEN = "MDEyMzQ1Njc4OWFiY2RlZg"
@@ -366,6 +367,12 @@ def test_the_official_library_agrees() -> None:
 @pytest.mark.timeout(1200)
 def test_the_official_library_agrees_100_000_times() -> None:
     agree(100_000, 2)
+
+
+def test_the_double_of_the_tests_signs_the_same() -> None:
+    """A third implementation, which knows neither ours nor the library."""
+    for query in ("", "?b=2&a=%2B1&a=0&c="):
+        assert accepted(request("GET", ANSWER + query, signature_v3(TOKEN, ANSWER + query, NONCE)))
 
 
 def test_our_own_signing_is_the_librarys() -> None:

@@ -21,6 +21,7 @@ from providers import _signature
 from providers.twilio_conversation_relay import Provider as Relay
 from providers.twilio_conversation_relay import Settings as RelaySettings
 from providers.twilio_media_streams import Provider, Settings
+from tests.doubles.twilio_media import signature as doubled
 
 FORM = {"content-type": "application/x-www-form-urlencoded; charset=UTF-8"}
 JSON = {"content-type": "application/json"}
@@ -130,6 +131,13 @@ def test_raw_bytes_count_not_what_somebody_made_of_them() -> None:
     assert utf16.form == CALL
     multipart = request("POST", MYAPP, by_library(MYAPP), {"content-type": "multipart/form-data; boundary=x"}, body)
     assert not accepted(multipart)
+
+
+def test_a_form_of_more_than_1000_fields_is_nobodys() -> None:
+    """Sorting and signing it would be work for a flood's benefit, even with the right signature."""
+    for size, fits in ((1000, True), (1001, False)):
+        fields = {f"k{index}": "v" for index in range(size)}
+        assert accepted(form(MYAPP, by_library(MYAPP, fields), fields)) is fits
 
 
 def test_a_get_is_signed_by_its_url_alone() -> None:
@@ -276,6 +284,7 @@ def test_signing_keys_sign_by_the_algorithm_that_the_header_names() -> None:
     assert not accepted(form(MYAPP, by_library(MYAPP, CALL, TOKEN, "HMAC_SHA256"), CALL, **SHA256), **both)
     assert accepted(form(MYAPP, by_library(MYAPP, CALL), CALL), **both)
     assert accepted(form(MYAPP, by_library(MYAPP, CALL), CALL, **{settings: "key=x"}), **both)
+    assert not accepted(form(MYAPP, by_library(MYAPP, CALL), CALL, **SHA256), **both)
     wss = by_library(STREAM.replace("https", "wss"), None, "k", "HMAC_SHA256")
     assert accepted(request("GET", STREAM, wss, UPGRADE | SHA256), **both)
 
@@ -439,11 +448,25 @@ def case(rng: random.Random) -> tuple[SignedRequest, bool, bool]:
     return signed, True, verdict
 
 
+def upgrade_case(rng: random.Random) -> tuple[SignedRequest, bool, bool]:
+    """The same for an upgrade; signed with or without its port, where the library is right about wss."""
+    host = rng.choice(["voice.example.com", "h", "10.0.0.1"])
+    port, path = rng.choice(["", ":443", ":8443"]), rng.choice(["", "/", "/s/k3", "/" + text(rng, IN_URL, 12)])
+    query = rng.choice(["", "", "?a=1&b=2", "?" + text(rng, IN_URL + "?", 12, 1)])
+    wrong = rng.choice(["", "", "x", "&"]) if query else rng.choice(["", "", "x", "?"])
+    signature = by_library(f"wss://{host}{rng.choice([port, ''])}{path}{query}{wrong}", None, rng.choice([TOKEN, TOKEN, "x"]))
+    if rng.random() < 0.1:
+        signature = rng.choice(["", signature[:-1], signature.swapcase()])
+    signed = request("GET", f"https://{host}{port}{path}{query}", signature, UPGRADE)
+    theirs = bool(RequestValidator(TOKEN).validate(f"wss://{host}{port}{path}{query}", {}, signature))
+    return signed, accepted(signed), theirs
+
+
 def agree(cases: int, seed: int) -> None:
     rng = random.Random(seed)
     right = 0
     for _ in range(cases):
-        signed, ours, theirs = case(rng)
+        signed, ours, theirs = (upgrade_case if rng.random() < 0.1 else case)(rng)
         assert ours == theirs, signed
         right += theirs
     assert 0.2 < right / cases < 0.8  # both answers are common
@@ -457,6 +480,12 @@ def test_the_official_library_agrees() -> None:
 @pytest.mark.timeout(1200)
 def test_the_official_library_agrees_100_000_times() -> None:
     agree(100_000, 2)
+
+
+def test_the_double_of_the_tests_signs_the_same() -> None:
+    """A third implementation, which knows neither ours nor the library."""
+    assert accepted(form(MYAPP, doubled(TOKEN, MYAPP, CALL), CALL))
+    assert accepted(request("GET", STREAM, doubled(TOKEN, STREAM.replace("https", "wss")), UPGRADE))
 
 
 def test_our_own_signing_is_the_librarys() -> None:

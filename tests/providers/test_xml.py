@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+import re
 from typing import Any
 from urllib.parse import urlencode
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
+from xml.parsers import expat
 
 import msgspec
 import pytest
@@ -425,6 +428,32 @@ def test_text_survives_but_for_what_xml_cannot_write(text: str) -> None:
     )
     root = parse(_xml.element("a", {"b": text}, _xml.escape(text)))
     assert (root.get("b"), root.text or "") == (kept, kept)
+
+
+def attributes(document: str) -> list[str]:
+    """The values of every `b`."""
+    read: list[str] = []
+    parser = expat.ParserCreate()
+    parser.StartElementHandler = lambda name, attributes: read.extend(attributes.values())
+    parser.Parse(document.encode(), True)
+    return read
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_a_million_strings_survive() -> None:
+    """As the test above, by expat alone: half of them printable, half of the characters that break things."""
+    rng = random.Random(3)
+    odd = [
+        *map(chr, range(0x20)),
+        *"\x7f\x85\u2028\ud7ff\ud800\udfff\ue000\ufffd\ufffe\uffff\U00010000\U0010ffff",
+        *"&<>\"'];#x-",
+    ]
+    for _ in range(1000):
+        texts = ["".join(rng.choices(odd, k=rng.randrange(12))) for _ in range(500)]
+        texts += ["".join(chr(rng.randrange(0x110000)) for _ in range(rng.randrange(6))) for _ in range(500)]
+        read = attributes(_xml.response(*(_xml.element("a", {"b": text}, _xml.escape(text)) for text in texts)))
+        assert read == [re.sub("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", text) for text in texts]
 
 
 def test_values_are_written_as_carriers_expect() -> None:
