@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import providers
-from gateway import __version__, config, display, logs, simulator, speech, wav
+from gateway import __version__, config, display, logs, simulator, speech, tls, wav
 from gateway import demo as demonstration
 from gateway.callreport import CallReport
 from gateway.errors import ConfigError
@@ -44,7 +44,7 @@ def main() -> None:
 @main.command()
 @click.option("--config", "-c", "path", required=True, type=click.Path(path_type=Path), help="The YAML configuration.")
 def serve(path: Path) -> None:
-    """Run the gateway until SIGTERM or Ctrl-C.
+    """Run the gateway until SIGTERM or Ctrl-C. SIGHUP takes a renewed TLS certificate, as does its file's change.
 
     \b
     Try it without an account:  telephony-gateway serve --config config/gateway.dev.yaml
@@ -62,6 +62,12 @@ def check(path: Path) -> None:
     Exits 0 if the gateway would start with it, 78 if not.
     """
     settings = _settings(path)
+    if settings.tls is not None:
+        try:
+            tls.load(settings.tls)
+        except ConfigError as error:
+            click.echo(f"{path}: {error}", err=True)
+            sys.exit(EXIT_CONFIG)
     click.echo(
         f"{path}: good: {_plural(len(settings.providers), 'provider')}, {_plural(len(settings.services), 'service')}, "
         f"{_plural(len(settings.routes), 'route')}"
@@ -225,8 +231,12 @@ async def _serve(settings: Settings) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, server.reload)
     try:
         await server.start()
+    except ConfigError as error:
+        click.echo(str(error), err=True)
+        return EXIT_CONFIG
     except OSError as error:
         click.echo(f"can't listen on {settings.listen}: {error.strerror or error}", err=True)
         return 1

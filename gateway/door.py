@@ -40,7 +40,9 @@ class Pass(Struct):
 class Door:
     """One process's doorkeeper. `now` is the event loop's clock; tokens use the wall clock."""
 
-    def __init__(self, settings: Settings, providers: Mapping[str, Provider], log: FilteringBoundLogger) -> None:
+    def __init__(
+        self, settings: Settings, providers: Mapping[str, Provider], log: FilteringBoundLogger, remarks: Remarks | None = None
+    ) -> None:
         self._settings = settings
         self._providers = providers
         self._log = log
@@ -50,41 +52,56 @@ class Door:
         self._ledger = Ledger(secret)
         self._trusted = networks(settings.trusted_proxies)
         self.admission = Admission(settings.max_calls, settings.max_calls_per_second, settings.max_pending_per_address)
-        self._remarks = _Throttle(log.warning)
+        self.remarks = remarks or Remarks(log.warning)
+        self._forwarded_unbelieved = False
         if self._ledger.problem:
             log.warning("tokens_not_shared", problem=self._ledger.problem)
 
-    def address(self, peer: str | None, forwarded_for: str) -> str:
-        """Whose connection it is: the peer, or what a trusted proxy says of it."""
-        return client_address(peer, forwarded_for, self._trusted)
+    def address(self, peer: str | None, forwarded_for: str, now: float) -> str:
+        """Whose connection it is: the peer, or what a trusted proxy says of it in all its X-Forwarded-For, joined by commas."""
+        address = client_address(peer, forwarded_for, self._trusted)
+        if forwarded_for and not self._forwarded_unbelieved and address == client_address(peer, "", ()):
+            self._forwarded_unbelieved = True  # said once: whoever likes can send this header
+            self.remarks.tell("forwarded_for_not_believed", now, peer=address, hint="is it a proxy of yours? trusted_proxies")
+        return address
 
     def authenticate(self, name: str, request: SignedRequest, now: float) -> None:
         """Raises Refused 403 unless the provider's account signed this request. The log names the URL forms that were tried."""
         try:
             self._providers[name].authenticate(request)
         except SignatureMismatch as error:
-            self._remarks.tell("signature_refused", now, provider=name, why=str(error), tried=error.tried)
+            self.remarks.tell("signature_refused", now, provider=name, why=str(error), tried=error.tried)
             raise Refused(403, "signature") from None
 
-    def reserve(self, name: str, call: Call, now: float) -> None:
-        """Keeps a slot for a call whose webhook was answered. Raises Refused 503."""
+    def announce(self, name: str, call: Call, route: str, now: float) -> str:
+        """A call's webhook is about to be answered: keeps a slot for it and returns a token that lets one stream of it in.
+
+        Raises Refused 503 when there is no slot, MalformedFrame when the call's id is none; then nothing is kept.
+        """
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        token = self._tokens.mint(name, call.call_id, route, now=time.time(), nonce=nonce)
         refusal = self.admission.reserve(f"{name}/{call.call_id}", now)
         if refusal is not None:
-            self._remarks.tell("call_refused", now, provider=name, reason=refusal)
+            self.remarks.tell("call_refused", now, provider=name, reason=refusal)
             raise Refused(503, refusal)
+        return token
 
-    def mint(self, name: str, call: Call, route: str) -> str:
-        """A token that lets one stream of this call in."""
-        nonce = secrets.token_bytes(NONCE_BYTES)
-        return self._tokens.mint(name, call.call_id, route, now=time.time(), nonce=nonce)
+    def ticket(self, name: str, token: str, now: float) -> Ticket | None:
+        """What the token of a stream's URL says; None where none is needed. Raises Refused 403. Go on to `knock` with it."""
+        if not token and self._settings.providers[name].auth == "none":
+            return None
+        try:
+            return self._tokens.read(token, name, now=time.time())
+        except TokenError as error:
+            self.remarks.tell("token_refused", now, provider=name, reason=error.reason)
+            raise Refused(403, "token") from None
 
-    def knock(self, name: str, request: SignedRequest, token: str, address: str, now: float) -> Pass:
+    def knock(self, name: str, request: SignedRequest, ticket: Ticket | None, address: str, now: float) -> Pass:
         """A connection asks for an upgrade. Raises Refused. Call `enter` or `leave` with what it returns, once."""
-        ticket = self._ticket(name, token, now)
         self.authenticate(name, request, now)
         refusal = self.admission.connect(address, now)
         if refusal is not None:
-            self._remarks.tell("connection_refused", now, provider=name, reason=refusal)
+            self.remarks.tell("connection_refused", now, provider=name, reason=refusal)
             raise Refused(503, refusal)
         return Pass(address, ticket)
 
@@ -103,7 +120,7 @@ class Door:
         if wrong is None:
             return self.admission.started(f"{name}/{start.call_id}", admitted.address, now)
         self.leave(admitted)
-        self._remarks.tell("stream_refused", now, provider=name, reason=wrong)
+        self.remarks.tell("stream_refused", now, provider=name, reason=wrong)
         return wrong
 
     def leave(self, admitted: Pass) -> None:
@@ -117,17 +134,8 @@ class Door:
     def close(self) -> None:
         self._ledger.close()
 
-    def _ticket(self, name: str, token: str, now: float) -> Ticket | None:
-        if not token and self._settings.providers[name].auth == "none":
-            return None
-        try:
-            return self._tokens.read(token, name, now=time.time())
-        except TokenError as error:
-            self._remarks.tell("token_refused", now, provider=name, reason=error.reason)
-            raise Refused(403, "token") from None
 
-
-class _Throttle:
+class Remarks:
     """One line a second per event; the next one says how many were not told."""
 
     def __init__(self, log: Callable[..., object]) -> None:
@@ -135,9 +143,9 @@ class _Throttle:
         self._last: dict[str, float] = {}
         self._untold: dict[str, int] = {}
 
-    def tell(self, event: str, now: float, **values: object) -> None:
+    def tell(self, event: str, now: float, log: Callable[..., object] | None = None, **values: object) -> None:
         if now - self._last.get(event, float("-inf")) < REMARK_SECS:
             self._untold[event] = self._untold.get(event, 0) + 1
             return
         self._last[event] = now
-        self._log(event, untold=self._untold.pop(event, 0), **values)
+        (log or self._log)(event, untold=self._untold.pop(event, 0), **values)

@@ -56,7 +56,8 @@ async def launch() -> AsyncIterator[Launch]:
 
 @pytest.fixture
 def log() -> Iterator[list[structlog.typing.EventDict]]:
-    """Everything that is logged while the test runs."""
+    """Everything that is logged while the test runs, whatever a command tested before it has set up."""
+    structlog.reset_defaults()
     with structlog.testing.capture_logs() as entries:
         yield entries  # type: ignore[misc]
 
