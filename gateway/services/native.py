@@ -51,11 +51,21 @@ SUBPROTOCOL_RAW = "telephony-gateway.v1.raw"
 
 
 class Up(Struct, frozen=True, tag_field="type"):
-    """Root of the messages from the gateway."""
+    """Root of the messages from the gateway. A message's docstring says what it is, and `field: text` lines its fields:
+    gateway/asyncapi.yaml is made of them.
+    """
 
 
 class Resume(Struct, frozen=True):
-    """Where a stream stands that has lost its service: frame numbers both ways, and what the caller has yet to hear."""
+    """Where a stream stands that has lost its service: frame numbers both ways, and what the caller has yet to hear.
+
+    session: the stream's id, the same as before.
+    oldest: number of the oldest audio frame that the gateway can still send.
+    next: number that the gateway's next new frame will have.
+    next_out: number of the first frame of the service's that the gateway has not taken; lower ones are dropped when sent again.
+    queued_ms: audio of the service's that the caller has yet to hear.
+    checkpoints: names that are not yet resolved; each will still come back.
+    """
 
     session: str
     oldest: int
@@ -66,6 +76,26 @@ class Resume(Struct, frozen=True):
 
 
 class StartUp(Up, frozen=True, tag="start"):
+    """The call is there. Always the first message of a connection.
+
+    session: the gateway's id of the stream; unique, and the same on each connection for it.
+    provider: the carrier account's name in the gateway's configuration.
+    kind: the carrier's protocol.
+    stream_id: the carrier's id of the stream.
+    call_id: the carrier's id of the call.
+    account_id: the carrier's id of the account, or empty.
+    caller: who calls, as the carrier writes it; may be empty.
+    called: who is called, likewise.
+    direction: `inbound`, `outbound`, or empty where the carrier does not say.
+    role: `speaker`: audio and commands are carried out; `listener`: they are refused.
+    track: what the audio messages hold: `inbound` what the caller says, `outbound` what the caller hears.
+    media_format: of the audio in both directions; null on a stream of text, which carries no audio.
+    frame_ms: audio in each message from the gateway; only the last may be shorter.
+    accepts: the commands that this call can carry out; others come back as a `fault`.
+    parameters: the stream's custom parameters.
+    resume: framed mode, on a connection that takes up a stream again; null on a first one.
+    """
+
     session: str
     provider: str
     kind: str
@@ -85,62 +115,136 @@ class StartUp(Up, frozen=True, tag="start"):
 
 
 class DtmfUp(Up, frozen=True, tag="dtmf"):
+    """The caller pressed keys.
+
+    digits: of `0-9 * # A-D`.
+    """
+
     digits: str
 
 
 class CheckpointUp(Up, frozen=True, tag="checkpoint"):
+    """What became of the audio before a checkpoint. Each one that was sent comes back exactly once.
+
+    name: as it was sent.
+    outcome: `played`: the caller heard all before it; `cleared`: it was cut; `lost`: the stream ended first.
+    played_ms: audio between the previous checkpoint (or clear, or the start) and this one that the caller heard.
+    """
+
     name: str
     outcome: Outcome
     played_ms: int
 
 
 class ClearUp(Up, frozen=True, tag="clear"):
+    """Playback was cut. Comes after the checkpoints that were cut with it.
+
+    played_ms: what the caller heard since the last checkpoint that played (or clear, or the start).
+    cleared_ms: what was thrown away.
+    """
+
     played_ms: int
     cleared_ms: int
 
 
 class TranscriptUp(Up, frozen=True, tag="transcript"):
+    """The caller's words, on a stream of text.
+
+    text: a partial one is the whole utterance so far and may be rewritten.
+    final: whether it will not change any more.
+    language: a tag such as `en-US`, or empty.
+    """
+
     text: str
     final: bool
     language: str
 
 
 class BargeInUp(Up, frozen=True, tag="barge_in"):
+    """The caller spoke over the agent, on a stream of text; what was still to be spoken is gone.
+
+    heard: what was spoken of the current segment.
+    after_ms: when in it the caller spoke.
+    """
+
     heard: str
     after_ms: int
 
 
 class SpeechUp(Up, frozen=True, tag="speech"):
+    """Somebody starts or stops talking.
+
+    who: `caller` or `agent`.
+    active: whether they are talking now.
+    """
+
     who: Party
     active: bool
 
 
 class SpokenUp(Up, frozen=True, tag="spoken"):
+    """Words that reached the caller, on a stream of text.
+
+    text: in the carrier's own pieces.
+    """
+
     text: str
 
 
 class GapUp(Up, frozen=True, tag="gap"):
+    """Audio that should be there is not.
+
+    track: which half of the call.
+    lost_ms: how much.
+    reason: `carrier`: it never came, and silence stands in its place; `overflow`: the service was too slow; `resume`: the service
+      was away.
+    """
+
     track: Track
     lost_ms: int
     reason: GapReason
 
 
 class FlowUp(Up, frozen=True, tag="flow"):
+    """Stop sending audio (`pause`), or go on (`resume`). What is sent in spite of a pause is refused once the queue is full.
+
+    state: `pause` at half of the queue's capacity, `resume` at a quarter.
+    buffered_ms: audio that waits to be played.
+    """
+
     state: FlowState
     buffered_ms: int
 
 
 class FaultUp(Up, frozen=True, tag="fault"):
+    """Something was refused. The call goes on.
+
+    code: for programs, such as `malformed_command` or `unsupported_command`.
+    message: for people: what was wrong with it.
+    ref: the `id` of the command that was refused, if it had one.
+    """
+
     code: str
     message: str
     ref: str | int | None
 
 
 class AckUp(Up, frozen=True, tag="ack"):
+    """Framed mode: the service's audio arrived.
+
+    seq: the highest frame taken.
+    """
+
     seq: int
 
 
 class StopUp(Up, frozen=True, tag="stop"):
+    """The stream is over. Always last; the gateway then closes with 1000.
+
+    reason: why.
+    account: where the audio went, in milliseconds.
+    """
+
     reason: StopReason
     account: Account
 
@@ -149,24 +253,46 @@ class StopUp(Up, frozen=True, tag="stop"):
 
 
 class Down(Struct, frozen=True, tag_field="type", forbid_unknown_fields=True, kw_only=True):
-    """Root of the messages from a service. A misspelt field is refused, not ignored: it would be a command half understood."""
+    """Root of the messages from a service. A misspelt field is refused, not ignored: it would be a command half understood.
+
+    id: anything; a `fault` about this message has it as `ref`.
+    """
 
     id: str | int | None = None
 
 
 class CheckpointDown(Down, frozen=True, tag="checkpoint", kw_only=True):
+    """Tell me when the caller has heard all audio that I sent before this.
+
+    name: comes back with the outcome.
+    """
+
     name: str
 
 
 class ClearDown(Down, frozen=True, tag="clear", kw_only=True):
-    pass
+    """Cut playback at once. Comes back as `clear`, after the checkpoints that it cut."""
 
 
 class DtmfDown(Down, frozen=True, tag="dtmf", kw_only=True):
+    """Send digits.
+
+    digits: of `0-9 * # A-D`.
+    """
+
     digits: str
 
 
 class SayDown(Down, frozen=True, tag="say", kw_only=True):
+    """Speak text.
+
+    text: what to speak.
+    final: whether that was all for this turn.
+    language: a tag such as `en-US`; default: the stream's.
+    interruptible: whether the caller can interrupt it; default: the stream's.
+    preemptible: whether later text cuts it off; default: the stream's.
+    """
+
     text: str
     final: bool = True
     language: str | None = None
@@ -175,6 +301,14 @@ class SayDown(Down, frozen=True, tag="say", kw_only=True):
 
 
 class PlayDown(Down, frozen=True, tag="play", kw_only=True):
+    """Play a recording.
+
+    source: its URL.
+    loop: how often.
+    interruptible: whether the caller can interrupt it; default: the stream's.
+    preemptible: whether later text cuts it off; default: the stream's.
+    """
+
     source: str
     loop: int = 1
     interruptible: bool | None = None
@@ -182,23 +316,41 @@ class PlayDown(Down, frozen=True, tag="play", kw_only=True):
 
 
 class LanguageDown(Down, frozen=True, tag="language", kw_only=True):
+    """Switch languages.
+
+    speech: of what is spoken; default: as it is.
+    transcription: of what is understood; default: as it is.
+    """
+
     speech: str | None = None
     transcription: str | None = None
 
 
 class StopDown(Down, frozen=True, tag="stop", kw_only=True):
+    """End the stream.
+
+    after: `now`, or `played`: once the caller has heard everything.
+    handoff: for whoever takes the call next, where the carrier can pass it on.
+    """
+
     after: After = After.NOW
     handoff: str | None = None
 
 
 class Ready(Down, frozen=True, tag="ready", kw_only=True):
-    """Framed mode: the first frame wanted; None for live; left out for all that has not been acknowledged."""
+    """Framed mode: the first message of each connection; until then nothing but `start` is sent.
+
+    next: the first frame wanted; null: what comes from now on; left out: all that has not been acknowledged.
+    """
 
     next: Annotated[int, Meta(ge=0)] | UnsetType | None = UNSET
 
 
 class Ack(Down, frozen=True, tag="ack", kw_only=True):
-    """Framed mode: the highest frame taken."""
+    """Framed mode: audio arrived, and need not be kept to be sent again.
+
+    seq: the highest frame taken.
+    """
 
     seq: Annotated[int, Meta(ge=0)]
 
