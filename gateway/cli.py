@@ -56,21 +56,32 @@ def serve(path: Path) -> None:
 
 @main.command()
 @click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
-def check(path: Path) -> None:
+@click.option("--strict", is_flag=True, help="Exit with 78 on warnings too.")
+def check(path: Path, strict: bool) -> None:
     """Check a configuration: every error with file:line:column and what to write instead.
 
-    Exits 0 if the gateway would start with it, 78 if not.
+    Exits 0 if the gateway would start with it, 78 if not. A file without errors may have warnings: what works and is probably
+    not meant, such as a route that no call can reach.
     """
-    settings = _settings(path)
+    try:
+        settings, warnings = config.examine(path)
+    except ConfigError as error:
+        click.echo(str(error), err=True)
+        sys.exit(EXIT_CONFIG)
     if settings.tls is not None:
         try:
             tls.load(settings.tls)
         except ConfigError as error:
             click.echo(f"{path}: {error}", err=True)
             sys.exit(EXIT_CONFIG)
+    for warning in warnings:
+        click.echo(warning, err=True)
+    if warnings and strict:
+        sys.exit(EXIT_CONFIG)
+    doubts = f", with {_plural(len(warnings), 'warning')}" if warnings else ""
     click.echo(
         f"{path}: good: {_plural(len(settings.providers), 'provider')}, {_plural(len(settings.services), 'service')}, "
-        f"{_plural(len(settings.routes), 'route')}"
+        f"{_plural(len(settings.routes), 'route')}{doubts}"
     )
 
 

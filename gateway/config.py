@@ -12,22 +12,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import yaml
 from msgspec import inspect as types
 
 import providers
+from gateway import advice
 from gateway.errors import ConfigError
 from gateway.settings import MASKED, ProviderEntry, Route, Settings, host_port, is_loopback
+from gateway.yaml_nodes import MAX_BYTES, Findings, Node, printable, read, shown
 
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_MAX_BYTES = 1 << 20
-_MAX_DEPTH = 32
-_TAG = "tag:yaml.org,2002:"
-_SCALAR_TAGS = {"str", "int", "float", "bool", "null", "timestamp", "merge", "value"}
-# Characters that YAML forbids, so that they can be shown with their place before a parser sees them.
-_FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 _REFERENCE = re.compile(r"\$\$\{|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}|(?P<broken>\$\{)")
 _SECRET_KEY = re.compile(r"(?i)(secret|token|password|authorization|credential|(api|signing)_?key)s?$")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -42,21 +36,7 @@ Path_ = tuple[str | int, ...]
 
 def load(path: str | Path, *, environ: Mapping[str, str] | None = None) -> Settings:
     """The settings in a YAML file. Raises ConfigError with every finding, one per line, and nothing else."""
-    try:
-        with Path(path).open("rb") as file:
-            raw = file.read(_MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a path"
-        raise ConfigError(f"{_printable(str(path))}: can't be read: {reason}") from None
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = raw[: error.start].decode("utf-8-sig", "replace")
-        place = f"{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
-        raise ConfigError(
-            f"{_printable(str(path))}:{place}: not UTF-8: byte 0x{raw[error.start]:02x}; save it as UTF-8"
-        ) from None
-    return parse(text, source=str(path), environ=environ)
+    return examine(path, environ=environ)[0]
 
 
 def parse(text: str, *, source: str = "<text>", environ: Mapping[str, str] | None = None) -> Settings:
@@ -64,149 +44,35 @@ def parse(text: str, *, source: str = "<text>", environ: Mapping[str, str] | Non
 
     Raises ConfigError with every finding, one per line, and nothing else.
     """
-    findings = _Findings(source)
-    root = _read(text, findings)
-    settings = _Reader(findings, os.environ if environ is None else environ).settings(root) if root is not None else None
+    return examine_text(text, source=source, environ=environ)[0]
+
+
+def examine(path: str | Path, *, environ: Mapping[str, str] | None = None) -> tuple[Settings, list[str]]:
+    """Like `load`, with warnings: `file:line:column: warning: …`, what works and is probably not meant."""
+    try:
+        with Path(path).open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a path"
+        raise ConfigError(f"{printable(str(path))}: can't be read: {reason}") from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start].decode("utf-8-sig", "replace")
+        place = f"{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
+        raise ConfigError(f"{printable(str(path))}:{place}: not UTF-8: byte 0x{raw[error.start]:02x}; save it as UTF-8") from None
+    return examine_text(text, source=str(path), environ=environ)
+
+
+def examine_text(text: str, *, source: str = "<text>", environ: Mapping[str, str] | None = None) -> tuple[Settings, list[str]]:
+    """Like `parse`, with warnings: `source:line:column: warning: …`."""
+    findings = Findings(source)
+    root = read(text, findings, _SHORTEST)
+    reader = _Reader(findings, os.environ if environ is None else environ)
+    settings = reader.settings(root) if root is not None else None
     findings.raise_if_any()
     assert settings is not None  # noqa: S101 — whoever returns None has reported why
-    return settings
-
-
-class _Findings:
-    """What is wrong, with places."""
-
-    def __init__(self, source: str) -> None:
-        self._source = _printable(source)
-        self._found: dict[tuple[int, int, str], None] = {}
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-    def add(self, line: int, column: int, text: str) -> None:
-        self._found[line, column, text] = None
-
-    def raise_if_any(self) -> None:
-        if self._found:
-            raise ConfigError(
-                "\n".join(f"{self._source}:{line}:{column}: {text}" for line, column, text in sorted(self._found, key=_place))
-            )
-
-
-def _place(finding: tuple[int, int, str]) -> tuple[int, int]:
-    return finding[:2]
-
-
-# --- YAML to nodes -------------------------------------------------------------------------------------------------------
-
-
-class _Node(NamedTuple):
-    """One value with its place (from 1). `tag` is YAML's guess at a scalar's type; `text` is the scalar as written."""
-
-    kind: Literal["scalar", "mapping", "sequence", "broken"]
-    line: int
-    column: int
-    tag: str = ""
-    text: str = ""
-    items: Sequence[_Node] = ()
-    pairs: Sequence[tuple[_Node, _Node]] = ()
-
-
-def _read(text: str, findings: _Findings) -> _Node | None:
-    """The one document in `text`; None (and a finding) if there is none or it can't be parsed."""
-    text = text.removeprefix("\ufeff")
-    if len(text) > _MAX_BYTES:
-        findings.add(1, 1, f"too large: {len(text)} characters; a configuration has at most {_MAX_BYTES}")
-        return None
-    if bad := _FORBIDDEN.search(text):
-        line, column = text.count("\n", 0, bad.start()) + 1, bad.start() - text.rfind("\n", 0, bad.start())
-        findings.add(line, column, f"character that YAML does not allow: U+{ord(bad[0]):04X}; delete it")
-        return None
-    loader = _Loader(text)
-    try:
-        root = _document(loader, findings)
-    except yaml.MarkedYAMLError as error:
-        _syntax_error(error, text, findings)
-        return None
-    except (yaml.YAMLError, ValueError, OverflowError):  # PyYAML without libyaml: "\UFFFFFFFF" and the like, no place given
-        findings.add(1, 1, "not YAML: a character that does not exist; look for escapes like \\U in double quotes")
-        return None
-    finally:
-        loader.dispose()
-    if root is None or (root.kind == "scalar" and root.tag == "null"):
-        findings.add(1, 1, f"empty; the shortest useful file is:\n{_SHORTEST}")
-        return None
-    return root
-
-
-def _document(loader: Any, findings: _Findings) -> _Node | None:
-    root = None
-    while (event := loader.get_event()) is not None:
-        if not isinstance(event, yaml.DocumentStartEvent):
-            continue
-        if root is not None:
-            mark: Any = event.start_mark
-            findings.add(mark.line + 1, mark.column + 1, "a second document; write one file with one document, without `---`")
-            break
-        root = _node(loader, loader.get_event(), findings, 0)
-    return root
-
-
-def _node(loader: Any, event: Any, findings: _Findings, depth: int) -> _Node:
-    line, column = event.start_mark.line + 1, event.start_mark.column + 1
-    if isinstance(event, yaml.AliasEvent):
-        name = _shown(f"*{event.anchor}")
-        findings.add(
-            line, column, f"aliases are refused: {name}; write the value out, or in quotes if the asterisk is part of it"
-        )
-        return _Node("broken", line, column)
-    if event.anchor is not None:
-        findings.add(
-            line, column, f"anchors are refused: {_shown(f'&{event.anchor}')}; write the value out wherever it is needed"
-        )
-    tag = event.tag
-    if isinstance(event, yaml.ScalarEvent):
-        if tag is None or tag == "!":
-            tag = loader.resolve(yaml.ScalarNode, event.value, event.implicit)
-        known = tag.removeprefix(_TAG)
-        if known in _SCALAR_TAGS:
-            return _Node("scalar", line, column, known, event.value)
-        findings.add(line, column, f"YAML tags are refused: {_shown(tag)}; write the plain value")
-        return _Node("broken", line, column)
-    if tag not in (None, "!"):
-        findings.add(line, column, f"YAML tags are refused: {_shown(tag)}; write the plain value")
-    if depth == _MAX_DEPTH:
-        # Nothing behind it can be placed sensibly: stop here, as a syntax error would.
-        raise yaml.MarkedYAMLError(problem=f"nested more than {_MAX_DEPTH} deep", problem_mark=event.start_mark)
-
-    def nodes(end: type[object]) -> Iterator[_Node]:
-        while not isinstance(following := loader.get_event(), end):
-            yield _node(loader, following, findings, depth + 1)
-
-    if isinstance(event, yaml.SequenceStartEvent):
-        return _Node("sequence", line, column, items=list(nodes(yaml.SequenceEndEvent)))
-    flat = list(nodes(yaml.MappingEndEvent))
-    return _Node("mapping", line, column, pairs=list(zip(flat[::2], flat[1::2], strict=True)))
-
-
-def _syntax_error(error: yaml.MarkedYAMLError, text: str, findings: _Findings) -> None:
-    mark = error.problem_mark or error.context_mark
-    line, column = (mark.line, mark.column) if mark is not None else (0, 0)
-    lines = text.splitlines()
-    written = lines[line] if line < len(lines) else ""
-    problem = " ".join(str(part) for part in (error.context, error.problem) if part)
-    if "\t" in written[: len(written) - len(written.lstrip())] or written[column : column + 1] == "\t":
-        hint = "indent with spaces, never with tabs"
-    elif "alias" in problem or "anchor" in problem:
-        hint = 'text that begins with * or & needs quotes: "*"'
-    elif "${" in written:
-        hint = 'inside {…} and […] a reference needs quotes: "${VAR}"'
-    elif "mapping values" in problem:
-        hint = 'check the indentation; text with a colon and a space needs quotes: "a: b"'
-    elif "cannot start any token" in problem:
-        hint = "text that begins with this character needs quotes"
-    else:
-        hint = "check brackets, quotes and indentation here and in the line above"
-    findings.add(line + 1, column + 1, f"not YAML: {_printable(problem)}; {hint}")
+    return settings, reader.warnings(source, settings)
 
 
 # --- nodes to structs ----------------------------------------------------------------------------------------------------
@@ -227,7 +93,7 @@ _BAD: Any = type("_Bad", (), {"__repr__": lambda _: "<reported>"})()
 class _Reader:
     """Walks nodes and the fields they are meant for, side by side, and reports whatever does not fit."""
 
-    def __init__(self, findings: _Findings, environ: Mapping[str, str]) -> None:
+    def __init__(self, findings: Findings, environ: Mapping[str, str]) -> None:
         self._findings = findings
         self._environ = environ
         self._secrets: set[str] = set()
@@ -235,8 +101,21 @@ class _Reader:
         self._signed: list[str] = []
         self._unsigned: list[str] = []
         self._labels: set[str] = set()
+        self._given: dict[Path_, tuple[Node, Any]] = {}
 
-    def settings(self, root: _Node) -> Settings | None:
+    def warnings(self, source: str, settings: Settings) -> list[str]:
+        """What works and is probably not meant; only for a file without mistakes."""
+        given = {
+            path: advice.Given(node.text if node.kind == "scalar" else None, value, _is_secret(path))
+            for path, (node, value) in self._given.items()
+        }
+        found = Findings(source)
+        for path, text in advice.warnings(settings, given, signed=self._signed):
+            at = next(self._given[path[:length]][0] for length in range(len(path), -1, -1) if path[:length] in self._given)
+            found.add(at.line, at.column, self._masked(f"warning: {_dotted(path)}: {text}"))
+        return found.lines()
+
+    def settings(self, root: Node) -> Settings | None:
         for top, entries in root.pairs:
             if top.text in ("providers", "services") and entries.kind == "mapping":
                 self._known[top.text.removesuffix("s")] = list(dict.fromkeys(name.text for name, _ in entries.pairs))
@@ -246,6 +125,7 @@ class _Reader:
             known = ", ".join(field.encode_name for field in want.fields)
             self._report(root, (), "expected keys and values", f"known keys: {known}")
             return None
+        self._given[()] = root, None
         values, nodes = self._fields(root, want, ())
         for key in ("providers", "services", "routes"):
             if key in values and not values[key]:
@@ -253,32 +133,32 @@ class _Reader:
         listen = values.get("listen", Settings.__struct_defaults__[0])
         if self._unsigned and listen is not _BAD and not is_loopback(host_port(listen)[0]):
             who = f"provider {self._unsigned[0]} has `auth: none`, so anybody could call; give it its account's `auth_token`"
-            self._report(nodes["listen"], ("listen",), "not a loopback address", who, shown=_shown(listen))
+            self._report(nodes["listen"], ("listen",), "not a loopback address", who, shown=shown(listen))
         for key, hint in _NEEDED.items():
             if self._signed and values.get(key) is None:
                 self._report(nodes.get(key, root), (), f"missing key {key}", f"provider {self._signed[0]} needs it; {hint}")
         if values.get("admin") == listen and listen is not _BAD and host_port(listen)[1]:
-            self._report(nodes["admin"], ("admin",), "the same as `listen`", "give it a port of its own", shown=_shown(listen))
+            self._report(nodes["admin"], ("admin",), "the same as `listen`", "give it a port of its own", shown=shown(listen))
         built = self._build(Settings, values, root, nodes, ())
         return built if isinstance(built, Settings) else None
 
     # -- findings
 
-    def _report(self, node: _Node, path: Path_, what: str, hint: str = "", *, shown: str = "") -> Any:
+    def _report(self, node: Node, path: Path_, what: str, hint: str = "", *, shown: str = "") -> Any:
         if node.kind != "broken":
             parts = [f"{_dotted(path)}: " if path else "", what, f": {shown}" if shown else "", f"; {hint}" if hint else ""]
             self._findings.add(node.line, node.column, "".join(parts))
         return _BAD
 
-    def _unknown(self, node: _Node, path: Path_, what: str, value: str, known: Iterable[str]) -> Any:
+    def _unknown(self, node: Node, path: Path_, what: str, value: str, known: Iterable[str]) -> Any:
         known = list(known)
         close = get_close_matches(value, known, n=1)
         hint = (f"did you mean {close[0]}? " if close else "") + (f"known: {', '.join(known)}" if known else "none is known")
-        return self._report(node, path, f"unknown {what}", _printable(hint), shown=_display(value, path))
+        return self._report(node, path, f"unknown {what}", printable(hint), shown=_display(value, path))
 
     # -- containers
 
-    def convert(self, node: _Node, want: types.Type, path: Path_) -> Any:
+    def convert(self, node: Node, want: types.Type, path: Path_) -> Any:
         """The value of `node` as `want` has it, or `_BAD` once what is wrong has been reported."""
         if node.kind == "broken":
             return _BAD
@@ -301,9 +181,10 @@ class _Reader:
             what, _, hint = str(error).partition("; ")
             show = node.kind == "scalar" and (node.text or node.tag != "null") and getattr(error, "show", True)
             return self._report(node, path, what, hint, shown=_display(node.text, path) if show else "")
+        self._given[path] = node, value
         return value
 
-    def _converted(self, node: _Node, want: types.Type, path: Path_) -> Any:
+    def _converted(self, node: Node, want: types.Type, path: Path_) -> Any:
         if isinstance(want, types.UnionType):
             return self._one_of(node, want.types, path)
         if isinstance(want, types.StructType):
@@ -317,7 +198,7 @@ class _Reader:
             return self._dict(node, want, path)
         if isinstance(want, (types.ListType, types.VarTupleType)):
             if node.kind == "scalar" and node.tag != "null" and not isinstance(_bare(want.item_type), types.StructType):
-                items: Sequence[_Node] = [node]  # one stands for a list of one
+                items: Sequence[Node] = [node]  # one stands for a list of one
             elif node.kind == "sequence":
                 items = node.items
             else:
@@ -330,7 +211,7 @@ class _Reader:
             raise _Wrong(f"expected {_describe(want)}, found a {'list' if node.kind == 'sequence' else 'mapping'}")
         return self._scalar(node, want, path)
 
-    def _one_of(self, node: _Node, wants: Sequence[types.Type], path: Path_) -> Any:
+    def _one_of(self, node: Node, wants: Sequence[types.Type], path: Path_) -> Any:
         if node.kind == "scalar" and node.tag == "null" and any(isinstance(want, types.NoneType) for want in wants):
             return None
         structs = [want for want in wants if isinstance(want, types.StructType)]
@@ -344,13 +225,13 @@ class _Reader:
             return self.convert(node, rest[0], path)
         self._resolve(node, path)  # so that a missing variable is told as such
         for want in rest:
-            attempt = _Reader(_Findings(""), self._environ)
+            attempt = _Reader(Findings(""), self._environ)
             value = attempt.convert(node, want, path)
             if value is not _BAD:
                 return value
         raise _Wrong(f"unexpected value; expected {' or '.join(map(_describe, rest))}")
 
-    def _tagged(self, node: _Node, structs: Sequence[types.StructType], path: Path_) -> Any:
+    def _tagged(self, node: Node, structs: Sequence[types.StructType], path: Path_) -> Any:
         by_tag = {str(want.tag): want for want in structs}
         field = structs[0].tag_field or "kind"
         kind = self._kind(node, field, by_tag, path)
@@ -361,7 +242,7 @@ class _Reader:
             return self._unknown(at, (*path, field), field, kind, by_tag)
         return self.convert(node, by_tag[kind], path)
 
-    def _kind(self, node: _Node, field: str, known: Iterable[str], path: Path_) -> Any:
+    def _kind(self, node: Node, field: str, known: Iterable[str], path: Path_) -> Any:
         """The value of the key that says which struct a mapping is meant for."""
         self._expect_mapping(node, (field,))
         for key, value in node.pairs:
@@ -369,19 +250,19 @@ class _Reader:
                 return self.convert(value, types.StrType(), (*path, field))
         return self._report(node, path, f"missing key {field}", f"write {field}: and one of {', '.join(known)}")
 
-    def _expect_mapping(self, node: _Node, known: Iterable[str]) -> None:
+    def _expect_mapping(self, node: Node, known: Iterable[str]) -> None:
         if node.kind != "mapping":
             raise _Wrong(f"expected keys and values; known keys: {', '.join(known)}")
 
     def _fields(
-        self, node: _Node, want: types.StructType, path: Path_, ignored: Sequence[str] = ()
-    ) -> tuple[dict[str, Any], dict[str, _Node]]:
+        self, node: Node, want: types.StructType, path: Path_, ignored: Sequence[str] = ()
+    ) -> tuple[dict[str, Any], dict[str, Node]]:
         """Every field that the mapping gives, converted or `_BAD`, and where its value stands."""
         by_key = {field.encode_name: field for field in want.fields}
         known = [*ignored, *([want.tag_field] if want.tag_field and want.tag_field not in by_key else []), *by_key]
         self._expect_mapping(node, known)
         values: dict[str, Any] = {}
-        nodes: dict[str, _Node] = {}
+        nodes: dict[str, Node] = {}
         for key, value in self._pairs(node, path):
             if key.text in by_key:
                 field = by_key[key.text]
@@ -398,9 +279,9 @@ class _Reader:
                 values[field.name] = _BAD
         return values, nodes
 
-    def _pairs(self, node: _Node, path: Path_) -> Iterator[tuple[_Node, _Node]]:
+    def _pairs(self, node: Node, path: Path_) -> Iterator[tuple[Node, Node]]:
         """The entries of a mapping; keys that are not plain text or come twice are reported and left out."""
-        seen: dict[str, _Node] = {}
+        seen: dict[str, Node] = {}
         for key, value in node.pairs:
             if key.kind == "broken":
                 continue
@@ -420,17 +301,17 @@ class _Reader:
                 seen[key.text] = key
                 yield key, value
 
-    def _dict(self, node: _Node, want: types.DictType, path: Path_) -> Any:
+    def _dict(self, node: Node, want: types.DictType, path: Path_) -> Any:
         if node.kind != "mapping":
             raise _Wrong("expected names and values; write `name: …` lines")
         result = {}
         for key, value in self._pairs(node, path):
             if path in (("providers",), ("services",)) and not _NAME.fullmatch(key.text):
-                self._report(key, path, "not a name", "names are letters, digits, - and _, at most 64", shown=_shown(key.text))
+                self._report(key, path, "not a name", "names are letters, digits, - and _, at most 64", shown=shown(key.text))
             result[key.text] = self.convert(value, want.value_type, (*path, key.text))
         return result
 
-    def _build(self, cls: type, values: dict[str, Any], node: _Node, nodes: Mapping[str, _Node], path: Path_) -> Any:
+    def _build(self, cls: type, values: dict[str, Any], node: Node, nodes: Mapping[str, Node], path: Path_) -> Any:
         if _is_bad(values):
             return _BAD
         try:
@@ -449,11 +330,11 @@ class _Reader:
     def _masked(self, text: str) -> str:
         for secret in sorted(self._secrets, key=len, reverse=True):
             text = text.replace(secret, MASKED)
-        return _printable(text)
+        return printable(text)
 
     # -- what this gateway knows about itself
 
-    def _provider(self, node: _Node, path: Path_) -> Any:
+    def _provider(self, node: Node, path: Path_) -> Any:
         kind = self._kind(node, "kind", providers.names(), path)
         if kind is _BAD:
             return _BAD
@@ -464,7 +345,7 @@ class _Reader:
             want = types.type_info(providers.load(kind).Config)
         except Exception as error:  # a foreign module may fail to import in any way
             reason = self._masked(f"{type(error).__name__}: {error}")
-            return self._report(at, (*path, "kind"), "can't be loaded", reason, shown=_shown(kind))
+            return self._report(at, (*path, "kind"), "can't be loaded", reason, shown=shown(kind))
         assert isinstance(want, types.StructType)  # noqa: S101 — the contract of a provider
         own_auth = any(field.encode_name == "auth" for field in want.fields)
         values, nodes = self._fields(node, want, path, ("kind",) if own_auth else ("kind", "auth"))
@@ -487,14 +368,14 @@ class _Reader:
         config = self._build(want.cls, values, node, nodes, path)
         return _BAD if _BAD in (auth, config) else ProviderEntry(kind=kind, config=config, auth=auth)
 
-    def _check_route(self, values: dict[str, Any], nodes: Mapping[str, _Node], path: Path_) -> None:
+    def _check_route(self, values: dict[str, Any], nodes: Mapping[str, Node], path: Path_) -> None:
         provider: Any = values.get("provider")
         if provider not in (None, _BAD, *self._known.get("provider", (provider,))):
             self._unknown(nodes["provider"], (*path, "provider"), "provider", provider, self._known["provider"])
         label = values.get("name")
         if isinstance(label, str):
             if label in self._labels:
-                self._report(nodes["name"], (*path, "name"), "a second route of this name", "choose another", shown=_shown(label))
+                self._report(nodes["name"], (*path, "name"), "a second route of this name", "choose another", shown=shown(label))
             self._labels.add(label)
         services = values.get("service")
         if not isinstance(services, tuple) or "service" not in nodes:
@@ -508,7 +389,7 @@ class _Reader:
 
     # -- scalars
 
-    def _scalar(self, node: _Node, want: types.Type, path: Path_) -> Any:
+    def _scalar(self, node: Node, want: types.Type, path: Path_) -> Any:
         if isinstance(want, types.AnyType):
             return self._anything(node, path)
         text, resolved = self._resolve(node, path)
@@ -529,7 +410,7 @@ class _Reader:
             return _number(text, tag, resolved, want)
         raise _Wrong(f"a type that no file can express ({type(want).__name__}); leave it out")
 
-    def _anything(self, node: _Node, path: Path_) -> Any:
+    def _anything(self, node: Node, path: Path_) -> Any:
         if node.kind == "mapping":
             return {key.text: self._anything(value, (*path, key.text)) for key, value in self._pairs(node, path)}
         if node.kind == "sequence":
@@ -537,12 +418,12 @@ class _Reader:
         kind: dict[str, types.Type] = {"int": types.IntType(), "float": types.FloatType(), "bool": types.BoolType()}
         return None if node.tag == "null" else self.convert(node, kind.get(node.tag, types.StrType()), path)
 
-    def _choice(self, node: _Node, path: Path_, text: str, known: Mapping[str, Any]) -> Any:
+    def _choice(self, node: Node, path: Path_, text: str, known: Mapping[str, Any]) -> Any:
         if text in known:
             return known[text]
         return self._unknown(node._replace(text=text), path, "value", text if text == node.text else node.text, known)
 
-    def _resolve(self, node: _Node, path: Path_) -> tuple[str, bool]:
+    def _resolve(self, node: Node, path: Path_) -> tuple[str, bool]:
         """The text with `${VAR}`, `${VAR:-default}` and `file:/path` put in, and whether anything was put in."""
         text = node.text
         if node.tag != "str":
@@ -674,20 +555,11 @@ def _is_secret(path: Path_) -> bool:
 
 
 def _display(text: str, path: Path_) -> str:
-    return MASKED if _is_secret(path) else _shown(text)
-
-
-def _shown(text: str) -> str:
-    """The value as the file has it, short and printable."""
-    return repr(text if len(text) <= 60 else f"{text[:59]}…")
+    return MASKED if _is_secret(path) else shown(text)
 
 
 def _quoted(text: str) -> str:
     return f'"{text}"' if text.isprintable() and len(text) <= 60 else 'like "this"'
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def _dotted(path: Path_) -> str:
@@ -696,7 +568,7 @@ def _dotted(path: Path_) -> str:
         if isinstance(part, int):
             result += f"[{part}]"
         else:
-            result += ("." if result else "") + (part if _NAME.fullmatch(part) else _shown(part))
+            result += ("." if result else "") + (part if _NAME.fullmatch(part) else shown(part))
     return result
 
 

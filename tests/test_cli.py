@@ -41,6 +41,22 @@ def test_check_says_what_is_good_and_what_is_wrong(tmp_path: Path) -> None:
     assert "Traceback" not in missing.output
 
 
+def test_check_tells_warnings_and_is_strict_on_demand(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.yaml"
+    path.write_text(
+        "providers: {twilio: {kind: twilio_media_streams, auth: none}}\nservices: {e: {kind: echo}}\n"
+        "routes: [{service: e}, {service: e}]\n"
+    )
+    lax = CliRunner().invoke(cli.main, ["check", str(path)])
+    warning = f"{path}:3:24: warning: routes[1]: no call comes this far, route-0 takes them all; move it up, or take it out\n"
+    assert (0, warning) == (lax.exit_code, lax.stderr)
+    assert f"{path}: good: 1 provider, 1 service, 2 routes, with 1 warning\n" == lax.stdout
+    strict = CliRunner().invoke(cli.main, ["check", "--strict", str(path)])
+    assert (78, warning, "") == (strict.exit_code, strict.stderr, strict.stdout)
+    path.write_text(path.read_text().replace(", {service: e}]", "]"))
+    assert 0 == CliRunner().invoke(cli.main, ["check", "--strict", str(path)]).exit_code
+
+
 def test_every_provider_is_listed_and_every_word_of_the_vocabulary_too() -> None:
     rows = json.loads(CliRunner().invoke(cli.main, ["providers"]).output)
     assert providers.names() == sorted(rows)

@@ -16,13 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import providers
-from gateway import config
+from gateway import config, yaml_nodes
 from gateway.errors import ConfigError
 from gateway.media import MULAW_8K, Encoding, MediaFormat, Track
 from gateway.settings import EchoService, ProviderEntry, Route, Settings, Tls, WebsocketService
 
 ROOT = Path(__file__).parent.parent
 SECRET = "s3cret-CANARY-value"  # never in any message
+LONG_SECRET = f"{SECRET}-of-more-than-32-characters"
 
 
 class Acme(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,7 +66,7 @@ def _acme(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True, params=["libyaml", "python"])
 def _loader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "python":
-        monkeypatch.setattr(config, "_Loader", yaml.SafeLoader)
+        monkeypatch.setattr(yaml_nodes, "_Loader", yaml.SafeLoader)
     elif not hasattr(yaml, "CSafeLoader"):
         pytest.skip("PyYAML was built without libyaml")
 
@@ -593,7 +594,7 @@ def test_any_tree_raises_config_error_or_nothing(tree: dict[str, Any]) -> None:
 
 # --- the files in config/ ------------------------------------------------------------------------------------------------
 
-ENVIRON = dict.fromkeys(["GATEWAY_SECRET", "TWILIO_AUTH_TOKEN", "PLIVO_AUTH_TOKEN", "AGENT_TOKEN"], SECRET)
+ENVIRON = dict.fromkeys(["GATEWAY_SECRET", "TWILIO_AUTH_TOKEN", "PLIVO_AUTH_TOKEN", "AGENT_TOKEN"], LONG_SECRET)
 
 
 def sections() -> dict[str, type[msgspec.Struct]]:
@@ -681,16 +682,18 @@ def test_the_shortest_file_in_the_readme_loads() -> None:
 
 
 def test_the_development_configuration_needs_nothing() -> None:
-    settings = config.load(ROOT / "config" / "gateway.dev.yaml", environ={})
+    settings, warnings = config.examine(ROOT / "config" / "gateway.dev.yaml", environ={})
 
+    assert [] == warnings
     assert sorted(entry.kind for entry in settings.providers.values()) == providers.names()
     assert settings.services == {"echo": EchoService()}
     assert len(settings.routes) == 1
 
 
 def test_the_example_loads() -> None:
-    settings = config.load(ROOT / "config" / "gateway.example.yaml", environ=ENVIRON)
+    settings, warnings = config.examine(ROOT / "config" / "gateway.example.yaml", environ=ENVIRON)
 
+    assert [] == warnings
     assert {entry.kind for entry in settings.providers.values()} == {*providers.names()}
     assert {entry.auth for entry in settings.providers.values()} == {None}
 
