@@ -111,11 +111,11 @@ def explain_status(status: int, url: str, what: Literal["webhook", "stream"]) ->
         if what == "webhook":
             return (
                 f"{place} answered the webhook with HTTP {status}: the request is not signed with the account's secret. "
-                "Simulate against a provider with `auth: none` on a loopback address, or give the account's token."
+                "Sign it with --config FILE --provider NAME, or simulate against a provider with `auth: none`."
             )
         return (
-            f"{place} refused the stream with HTTP {status}: its URL holds no token that is still good. "
-            "Call the answer URL (http://…/provider/answer), which names a fresh stream URL."
+            f"{place} refused the stream with HTTP {status}: its URL holds no token that is still good, or it is not signed. "
+            "Call the answer URL (http://…/provider/answer), which names a fresh stream URL, with --config FILE --provider NAME."
         )
     if status == 404:
         return f"{place} answered HTTP 404: no such path. The first part of it must be a provider's name in the configuration."

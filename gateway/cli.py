@@ -1,4 +1,4 @@
-"""The command line: `telephony-gateway`. Exit codes: 0 well, 1 a call went wrong, 2 usage, 78 the configuration is wrong."""
+"""The command line: `telephony-gateway`. Exit codes: 0 well, 1 something is wrong, 2 usage, 78 the configuration is wrong."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
+from urllib.parse import urlencode
 
 import click
 import msgspec
@@ -17,14 +18,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import providers
-from gateway import __version__, config, display, logs, simulator, specification, speech, tls, wav
+from gateway import __version__, config, display, doctor, logs, signing, simulator, specification, speech, tls, wav
 from gateway import demo as demonstration
 from gateway.callreport import CallReport
 from gateway.errors import ConfigError
 from gateway.events import COMMAND_NAMES, Command, Event, Message
-from gateway.provider import Provider
+from gateway.provider import Provider, SignedRequest
 from gateway.server import Server
-from gateway.settings import Settings
+from gateway.settings import Settings, host_port
 
 Result = TypeVar("Result")
 
@@ -127,10 +128,10 @@ def demo(directory: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("kind")
-@click.option(
-    "--url", required=True, help="http(s)://…/NAME/answer (asks the webhook first, as a carrier does), or ws(s)://…/stream."
-)
+@click.argument("kind", required=False)
+@click.option("--url", help="http(s)://…/NAME/answer (asks the webhook first, as a carrier does), or ws(s)://…/stream.")
+@click.option("--config", "-c", "path", type=click.Path(path_type=Path), help="Sign as an account of this configuration does.")
+@click.option("--provider", "name", help="Which account: a name under `providers:`. Then KIND and --url need not be given.")
 @click.option("--audio", type=click.Path(path_type=Path), help="What the caller says: a WAV file. Default: the bundled clip.")
 @click.option("--save", type=click.Path(path_type=Path), help="Write what the caller heard to this WAV file.")
 @click.option("--say", multiple=True, help="What the caller says to a carrier of text (ConversationRelay); may be repeated.")
@@ -142,17 +143,43 @@ def demo(directory: Path, as_json: bool) -> None:
 @click.option("--called", default="+15550100002", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per call (the default when piped).")
 def simulate(
-    kind: str, url: str, audio: Path | None, save: Path | None, say: tuple[str, ...], calls: int, as_json: bool, **options: Any
+    kind: str | None,
+    url: str | None,
+    path: Path | None,
+    name: str | None,
+    audio: Path | None,
+    save: Path | None,
+    say: tuple[str, ...],
+    calls: int,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Play a faithful carrier: place calls on a running gateway and report what the caller heard.
 
     KIND is a carrier protocol (see `telephony-gateway providers`). Says plainly what in the gateway's frames a real carrier
-    would have refused. Exits 0 if every call went well, 1 if not.
+    would have refused. A gateway that checks signatures is called with --config and --provider: webhook and stream are signed
+    over the public URL, and sent to --url. Exits 0 if every call went well, 1 if not.
 
     \b
     telephony-gateway simulate twilio_media_streams --url http://127.0.0.1:8080/twilio/answer --save heard.wav
+    telephony-gateway simulate --config gateway.yaml --provider twilio
     """
     logs.configure(level="error")
+    if path is not None:
+        settings = _settings(path)
+        name, account = _account(settings, name)
+        kind = kind or settings.providers[name].kind
+        if kind != settings.providers[name].kind:
+            raise click.UsageError(f"provider {name} is {settings.providers[name].kind}, not {kind}")
+        suffix = f"/{name}/answer"
+        url = url or f"{settings.base_url() if settings.tls else local_url(settings)}{suffix}"
+        if not url.endswith(suffix):
+            raise click.UsageError(f"--url must end in {suffix}: the answer names the stream, and a token in it lets the call in")
+        options["sign"] = signing.Signing(account, settings.base_url(), url.removesuffix(suffix))
+    elif name is not None:
+        raise click.UsageError("--provider is a name in a configuration; give that with --config")
+    if kind is None or url is None:
+        raise click.UsageError("give KIND and --url, or --config and --provider")
     try:
         provider = providers.load(kind)
     except LookupError as error:
@@ -190,6 +217,99 @@ async def _simulate(
             progress.update(bar, completed=finished, description=f"{started - finished} on the line, {finished} of {calls} done")
 
         return await simulator.simulate_many(calls, place, on_progress=advance)
+
+
+def _request_options(function: Callable[..., None]) -> Callable[..., None]:
+    """What describes a carrier's request."""
+    for option in reversed(
+        (
+            click.argument("url"),
+            click.option(
+                "--config", "-c", "path", required=True, type=click.Path(path_type=Path), help="The YAML configuration."
+            ),
+            click.option("--provider", "name", help="Whose request: a name under `providers:`. Not needed if there is one only."),
+            click.option("--method", default=None, help="Default: POST with a body, else GET."),
+            click.option("--form", "-F", multiple=True, metavar="NAME=VALUE", help="A field of the form; may be repeated."),
+            click.option("--body", type=click.File("rb"), help="The raw body, in a file; - is stdin."),
+            click.option("--header", "-H", "headers", multiple=True, metavar="'NAME: VALUE'", help="A header; may be repeated."),
+            click.option("--upgrade", is_flag=True, help="A WebSocket upgrade. Default for ws:// and wss://."),
+            click.option("--json", "as_json", is_flag=True, help="JSON (the default when piped)."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+@main.command()
+@_request_options
+def sign(as_json: bool, **options: Any) -> None:
+    """Print the headers with which a carrier would sign a request: to try a gateway by hand, through its proxies.
+
+    URL is what the carrier dials, or the path of it: /twilio/answer stands for public_url and that.
+
+    \b
+    telephony-gateway sign -c gateway.yaml --provider twilio /twilio/answer -F CallSid=CA1 -F From=+15550100001
+    """
+    _, provider, request = _described(**options)
+    headers = provider.sign(request)
+    if not headers:
+        raise click.ClickException("this provider has `auth: none`: there is nothing to sign with")
+    if as_json or not sys.stdout.isatty():
+        click.echo(msgspec.json.encode(headers))
+    else:
+        for name, value in headers.items():
+            click.echo(f"{name}: {value}")
+
+
+@main.command()
+@_request_options
+def verify(as_json: bool, **options: Any) -> None:
+    """Check a carrier's signature as the gateway does, and tell which form of the URL fits, or which were tried.
+
+    Give the request as it reached the gateway: method, URL, form or body, and its signature headers with -H. Log lines named
+    signature_refused tell `tried` in the same spelling. No secret is printed. Exits 0 if the signature is good, 1 if not.
+
+    \b
+    telephony-gateway verify -c gateway.yaml /twilio/answer -F CallSid=CA1 -H 'X-Twilio-Signature: …'
+    """
+    settings, provider, request = _described(**options)
+    found = signing.explain(provider, request, settings.base_url())
+    if as_json or not sys.stdout.isatty():
+        click.echo(msgspec.json.encode(found))
+    else:
+        for sentence in found.sentences:
+            click.echo(sentence)
+    sys.exit(0 if found.good else 1)
+
+
+@main.command("doctor")
+@click.option("--config", "-c", "path", required=True, type=click.Path(path_type=Path), help="The YAML configuration.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per finding (the default when piped).")
+def call_doctor(path: Path, as_json: bool) -> None:
+    """Look at a running gateway as carriers see it, and tell what to mend.
+
+    Asks from outside, through all proxies: name, port and certificate of the public URL; whether a gateway with our secret
+    answers; whether signed webhooks and WebSockets pass and wrongly signed ones don't; the clock. And at home: secret,
+    file descriptors, trusted proxies. Places no call: the stream is closed before it starts, and one slot per provider is kept
+    for 15 seconds. Exits 0 if nothing is wrong (warnings are not), 1 if something is.
+    """
+    logs.configure(level="error")
+    settings = _settings(path)
+    as_json = as_json or not sys.stdout.isatty()
+    console = Console(highlight=False)
+    styles = {"ok": "green", "warning": "yellow", "error": "red"}
+
+    async def consult() -> bool:
+        well = True
+        async for finding in doctor.examine(settings, {name: _account(settings, name)[1] for name in settings.providers}):
+            well &= finding.level != "error"
+            if as_json:
+                click.echo(msgspec.json.encode(finding))
+            else:
+                display.print_finding(console, finding.level, styles[finding.level], finding.check, finding.text, finding.fix)
+        return well
+
+    sys.exit(0 if run(consult()) else 1)
 
 
 @main.command("providers")
@@ -285,6 +405,51 @@ def _settings(path: Path) -> Settings:
     except ConfigError as error:
         click.echo(str(error), err=True)
         sys.exit(EXIT_CONFIG)
+
+
+def local_url(settings: Settings) -> str:
+    """Where this machine reaches `listen`, whatever the public URL is."""
+    host, port = host_port(settings.listen)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 — everywhere is also here
+    return f"{'https' if settings.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _account(settings: Settings, name: str | None) -> tuple[str, Provider]:
+    """The provider of this name, or the only one."""
+    if name is None and len(settings.providers) == 1:
+        (name,) = settings.providers
+    entry = settings.providers.get(name or "")
+    if name is None or entry is None:
+        raise click.UsageError(f"--provider must be one of {', '.join(settings.providers)}")
+    return name, providers.load(entry.kind)(entry.config)
+
+
+def _described(
+    url: str,
+    path: Path,
+    name: str | None,
+    method: str | None,
+    form: tuple[str, ...],
+    body: IO[bytes] | None,
+    headers: tuple[str, ...],
+    upgrade: bool,
+) -> tuple[Settings, Provider, SignedRequest]:
+    """The request that options describe, as it would reach the gateway."""
+    settings = _settings(path)
+    _, provider = _account(settings, name)
+    raw = (
+        body.read()
+        if body is not None
+        else urlencode([(key, value) for key, _, value in (field.partition("=") for field in form)]).encode()
+    )
+    given = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in headers)}
+    if upgrade or url.startswith(("ws:", "wss:")):
+        given = signing.UPGRADE | given
+    if url.startswith("/"):
+        url = settings.base_url() + url
+    if "://" not in url:
+        raise click.UsageError(f"{url!r} is neither a URL nor a path: begin it with https://, wss:// or /")
+    return settings, provider, SignedRequest.read((method or ("POST" if raw else "GET")).upper(), url, given, raw)
 
 
 def _all_words() -> list[str]:

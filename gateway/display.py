@@ -79,6 +79,13 @@ def print_table(console: Console, calls: list[DemoCall], directory: Path) -> Non
     console.print(f"Latency is the round trip of a 20 ms chunk through the gateway. What was heard is in {directory}/*.wav.")
 
 
+def print_finding(console: Console, level: str, style: str, check: str, text: str, fix: str) -> None:
+    """One of the doctor's findings, and below it the sentence that mends it."""
+    console.print(Text.assemble((f"{level:<8}", style), (f"{check}: ", "bold"), text))
+    if fix:
+        console.print(Text(f"        {fix}", "bold"))
+
+
 def print_reports(console: Console, reports: list[CallReport], save: Path | None) -> None:
     """How simulated calls went: figures in full for one call, a line each for several, and everything that was wrong."""
     for report in reports:

@@ -181,9 +181,10 @@ class Provider(Protocol):
 
     def __init__(self, config: Struct) -> None: ...
 
-    def authenticate(self, request: SignedRequest) -> None:
+    def authenticate(self, request: SignedRequest) -> str:
         """Returns if the request, a webhook or a WebSocket upgrade, was signed with the account's secret, or need not be.
 
+        What it returns is the form of the URL that was signed, fit for a log, empty where none needs to be.
         Raises SignatureMismatch and nothing else, whatever the request is made of. Takes the same time for every signature.
         """
         ...

@@ -43,6 +43,7 @@ from gateway.events import (
 )
 from gateway.media import MULAW_8K, Encoding, MediaFormat, Track
 from gateway.provider import Call, Dial, HttpRequest, Provider
+from gateway.signing import UPGRADE
 
 Direction = Literal["up", "down"]
 """`up`: an event, from the carrier to the gateway. `down`: a command, from the gateway to the carrier."""
@@ -93,7 +94,8 @@ async def simulate(
     dtmf — keys pressed, from half a second on. say — what the caller says to a carrier of text, one turn each.
     hold_secs — how long the caller stays on the line after all that.
     barge_in_after_secs — the caller is silent until the agent has been heard for so long, then speaks (of `say`: the last turn).
-    sign — signs the webhook request, as the account's secret would. fate — decides about each echoed checkpoint, for fuzzing.
+    sign — signs the webhook request and then the stream's upgrade, as the account's secret would (see `gateway.signing`), and
+    may send either to another address. fate — decides about each echoed checkpoint, for fuzzing.
     jitter_ms — see `Ear`. Every wait is bounded; the whole call by `longest_call_secs`.
     """
     prefixes = kind_cls.carrier().habits.id_prefixes
@@ -253,11 +255,16 @@ class _Line:
 
     async def _connect(self, http: aiohttp.ClientSession, url: str) -> aiohttp.ClientWebSocketResponse:
         offered = (self._habits.subprotocol,) if self._habits.subprotocol else ()
+        request = HttpRequest("GET", url, UPGRADE)
+        if self.sign is not None:
+            request = self.sign(request)
+            url = request.url
         try:
             async with asyncio.timeout(self.connect_timeout_secs):
                 return await http.ws_connect(
                     url,
                     protocols=offered,
+                    headers={name: value for name, value in request.headers.items() if name.lower() not in UPGRADE},
                     timeout=aiohttp.ClientWSTimeout(ws_close=self.close_timeout_secs),
                     max_msg_size=16 * 1024 * 1024,  # what is too large is the carrier half's to judge
                 )

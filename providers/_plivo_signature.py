@@ -34,15 +34,19 @@ class Signer:
         self._tokens = _signature.keys(auth_token)
         self._accept_v2 = accept_v2
 
-    def verify(self, request: SignedRequest) -> None:
-        """Raises SignatureMismatch, and nothing else, unless a token of this account signed the request."""
+    def verify(self, request: SignedRequest) -> str:
+        """The form of the URL that was signed, for a log.
+
+        Raises SignatureMismatch, and nothing else, unless a token of this account signed the request.
+        """
         forms = _forms(request)
         tail = _tail(request)
-        found = self._fits(request, [(form + tail[0], ".") for form in forms], (V3, MA_V3, V3_NONCE)) & tail[1]
+        fits = [each & tail[1] for each in self._fits(request, [form + tail[0] for form in forms], ".", (V3, MA_V3, V3_NONCE))]
         if self._accept_v2:
-            found |= self._fits(request, [(form, "") for form in forms], (V2, MA_V2, V2_NONCE))
-        if not found:
+            fits += self._fits(request, forms, "", (V2, MA_V2, V2_NONCE))
+        if True not in fits:
             raise _signature.mismatch(_complaint(request, accept_v2=self._accept_v2), forms)
+        return _signature.shown(forms[fits.index(True) % len(forms)])
 
     def sign(self, request: SignedRequest) -> Mapping[str, str]:
         """The headers that Plivo would send with this request, made with the first token; a nonce already there is kept."""
@@ -51,18 +55,21 @@ class Signer:
         signature = _signature.sign(self._tokens[0], _signature.utf8(text), "sha256").decode()
         return {V3: signature, MA_V3: signature, V3_NONCE: nonce}
 
-    def _fits(self, request: SignedRequest, texts: list[tuple[str, str]], headers: tuple[str, str, str]) -> bool:
+    def _fits(self, request: SignedRequest, texts: list[str], separator: str, headers: tuple[str, str, str]) -> list[bool]:
+        """Which of the texts was signed with the nonce behind it."""
         *signatures, nonce = (request.headers.get(name, "") for name in headers)
         # Several signatures in a header are separated by commas, one for each active token; any of them will do.
         presented = [_signature.utf8(each.strip()) for each in ",".join(signatures).split(",", _MOST_SIGNATURES)]
-        found = False
-        for text, separator in texts:
+        fits = []
+        for text in texts:
             signed = _signature.utf8(f"{text}{separator}{nonce}")
+            found = False
             for token in self._tokens:
                 expected = _signature.sign(token, signed, "sha256")
                 for each in presented:
                     found |= _signature.equal(each, expected)
-        return found & (_NONCE.fullmatch(nonce) is not None)
+            fits.append(found & (_NONCE.fullmatch(nonce) is not None))
+        return fits
 
 
 def _complaint(request: SignedRequest, *, accept_v2: bool) -> str:

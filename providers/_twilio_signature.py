@@ -30,26 +30,33 @@ class Signer:
         self._tokens = _signature.keys(auth_token)
         self._keys = _signature.keys(signing_key)
 
-    def verify(self, request: SignedRequest) -> None:
-        """Raises SignatureMismatch, and nothing else, unless a secret of this account signed the request."""
+    def verify(self, request: SignedRequest) -> str:
+        """The form of the URL that was signed, for a log.
+
+        Raises SignatureMismatch, and nothing else, unless a secret of this account signed the request.
+        """
         presented = _signature.utf8(request.headers.get(SIGNATURE, ""))
         named = _algorithm(request.headers.get(SETTINGS, ""))
         by_token = named is None
         algorithm = _ALGORITHMS.get(named or "")
         parameters, covered = _parameters(request)
         forms = _forms(request)
-        found = False
-        for text in forms.values():
+        found = ""
+        for form, text in forms.items():
             signed = _signature.utf8(text + parameters)
+            fits = False
             for secret in self._tokens:
-                found |= _signature.equal(presented, _signature.sign(secret, signed, "sha1")) & by_token
+                fits |= _signature.equal(presented, _signature.sign(secret, signed, "sha1")) & by_token
             for secret in self._keys:
-                fits = _signature.equal(presented, _signature.sign(secret, signed, algorithm or "sha256"))
-                found |= fits & (algorithm is not None)
+                fits |= _signature.equal(presented, _signature.sign(secret, signed, algorithm or "sha256")) & (
+                    algorithm is not None
+                )
+            found = found or form if fits else found
         if found and not covered:
             raise _signature.mismatch(f"the signature is right, but covers no body: {_UNCOVERED}", forms)
         if not found:
             raise _signature.mismatch(self._complaint(presented, named), forms)
+        return _signature.shown(found)
 
     def sign(self, request: SignedRequest) -> Mapping[str, str]:
         """The headers that Twilio would send with this request, made with the first secret."""

@@ -469,10 +469,9 @@ class Provider:
         self._config = config
         self._signer = None if config.auth else _plivo_signature.Signer(config.auth_token, accept_v2=config.accept_v2)
 
-    def authenticate(self, request: SignedRequest) -> None:
-        """Raises SignatureMismatch unless a token of the account signed the request, or the account has `auth: none`."""
-        if self._signer is not None:
-            self._signer.verify(request)
+    def authenticate(self, request: SignedRequest) -> str:
+        """The form of the URL that was signed. Raises SignatureMismatch unless a token of the account signed the request."""
+        return self._signer.verify(request) if self._signer is not None else ""
 
     def sign(self, request: SignedRequest) -> Mapping[str, str]:
         """Plivo's headers for this request; none with `auth: none`."""

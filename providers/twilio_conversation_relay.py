@@ -460,10 +460,9 @@ class Provider:
         self._config = config
         self._signer = None if config.auth else _twilio_signature.Signer(config.auth_token, config.signing_key)
 
-    def authenticate(self, request: SignedRequest) -> None:
-        """Raises SignatureMismatch unless a secret of the account signed the request, or the account has `auth: none`."""
-        if self._signer is not None:
-            self._signer.verify(request)
+    def authenticate(self, request: SignedRequest) -> str:
+        """The form of the URL that was signed. Raises SignatureMismatch unless a secret of the account signed the request."""
+        return self._signer.verify(request) if self._signer is not None else ""
 
     def sign(self, request: SignedRequest) -> Mapping[str, str]:
         """Twilio's headers for this request; none with `auth: none`."""
