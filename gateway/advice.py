@@ -104,7 +104,7 @@ def _routes(settings: Settings, signed: Sequence[str]) -> Advice:
         if unnamed and signed and len(settings.routes) > 1:
             yield (
                 ("routes", at),
-                "a route without a name is known by its place, which a reload, or another file, may give to another; write name: …",
+                "a route without a name is known by its place, which a reload or another file can change; write name: …",
             )
 
 

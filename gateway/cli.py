@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import providers
-from gateway import __version__, config, display, doctor, logs, signing, simulator, specification, speech, tls, wav
+from gateway import __version__, config, display, doctor, logs, schema, signing, simulator, specification, speech, tls, wav
 from gateway import demo as demonstration
 from gateway.callreport import CallReport
 from gateway.errors import ConfigError
@@ -85,6 +85,17 @@ def check(path: Path, strict: bool) -> None:
         f"{path}: good: {_plural(len(settings.providers), 'provider')}, {_plural(len(settings.services), 'service')}, "
         f"{_plural(len(settings.routes), 'route')}{doubts}"
     )
+
+
+@main.command("schema")
+def print_schema() -> None:
+    """The JSON Schema of the configuration, for completion and checks in an editor.
+
+    \b
+    telephony-gateway schema > gateway.schema.json
+    and as the first line of gateway.yaml:  # yaml-language-server: $schema=gateway.schema.json
+    """
+    click.echo(schema.text(), nl=False)
 
 
 @main.command()

@@ -2,6 +2,7 @@
 
 A field's `Meta(extra={"check": f})` names a function that raises ValueError("what is wrong; what to write"), which
 `gateway.config` applies at the field's own place in the file; `extra={"file": True}` says that the file must be readable.
+`extra_json_schema` says the same, more roughly, to an editor.
 """
 
 from __future__ import annotations
@@ -110,9 +111,11 @@ def _network(text: str) -> None:
         raise ValueError("that is everybody, and anybody could claim any address; write your proxies' own network")
 
 
-Address = Annotated[str, Meta(extra={"check": _address})]
-Pattern = Annotated[str, Meta(extra={"check": _pattern})]
+Address = Annotated[str, Meta(extra={"check": _address}, extra_json_schema={"pattern": "^[^ /@]+:[0-9]{1,5}$"})]
+Pattern = Annotated[str, Meta(extra={"check": _pattern}, extra_json_schema={"pattern": "^[^ ]+$"})]
+RouteName = Annotated[str, Meta(extra={"check": _route_name}, extra_json_schema={"pattern": "^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$"})]
 Network = Annotated[str, Meta(extra={"check": _network})]
+PublicUrl = Annotated[str, Meta(extra={"check": _public_url}, extra_json_schema={"pattern": "^https?://[^?#@]*[^/?#@]$"})]
 FilePath = Annotated[str, Meta(extra={"file": True})]
 
 
@@ -146,7 +149,7 @@ class WebsocketService(Struct, frozen=True, tag_field="kind", tag="websocket"):
     on_away: what the caller hears of what is still queued while it is away: all of it (`continue`), or nothing (`clear`).
     """
 
-    url: Annotated[str, Meta(extra={"check": _service_url})]
+    url: Annotated[str, Meta(extra={"check": _service_url}, extra_json_schema={"pattern": "^wss?://[^@#]+$"})]
     media_format: MediaFormat = MediaFormat(Encoding.PCM_S16LE, 16000)
     frame_ms: Literal[10, 20, 40, 60, 100] = 20
     authorization: Annotated[str, Meta(extra={"check": _bearer})] | None = None
@@ -188,7 +191,7 @@ class Route(Struct, frozen=True):
     provider: str | None = None
     called: Pattern | None = None
     caller: Pattern | None = None
-    name: Annotated[str, Meta(extra={"check": _route_name})] | None = None
+    name: RouteName | None = None
     on_lost: Literal["hangup", "next"] = "hangup"
 
     @property
@@ -234,7 +237,7 @@ class Settings(Struct, frozen=True):
     routes: tuple[Route, ...]
     listen: Address = "127.0.0.1:8080"
     admin: Address | None = None
-    public_url: Annotated[str, Meta(extra={"check": _public_url})] | None = None
+    public_url: PublicUrl | None = None
     secret: Annotated[str, Meta(min_length=16)] | None = None
     tls: Tls | None = None
     trusted_proxies: tuple[Network, ...] = ()

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import providers
-from gateway import config, yaml_nodes
+from gateway import config, schema, yaml_nodes
 from gateway.errors import ConfigError
 from gateway.media import MULAW_8K, Encoding, MediaFormat, Track
 from gateway.settings import EchoService, ProviderEntry, Route, Settings, Tls, WebsocketService
@@ -630,23 +630,13 @@ def keys_of(struct: type[msgspec.Struct]) -> list[str]:
     return [field for field in fields if not (struct is ProviderEntry and field == "config")]
 
 
-def meanings(struct: type[msgspec.Struct]) -> dict[str, str]:
-    """The lines `name: meaning` of a docstring; several names may share one."""
-    found = {}
-    for line in (struct.__doc__ or "").splitlines():
-        names, colon, meaning = line.strip().partition(": ")
-        if colon and re.fullmatch(r"[a-z0-9_]+(, [a-z0-9_]+)*", names):
-            found.update(dict.fromkeys(names.split(", "), meaning))
-    return found
-
-
 def reference() -> str:
     """The tables of config/README.md."""
     lines = []
     for title, struct in sections().items():
         lines += [f"### {title}", "", "| option | value | default | meaning |", "|---|---|---|---|"]
         by_name = {field.encode_name: field for field in msgspec.structs.fields(struct)}
-        told = meanings(struct)
+        told = schema.meanings(struct)
         for key in keys_of(struct):
             field = by_name[key]
             meaning, _, default = told[key].rstrip(".").replace("default: ", "default ").partition("; default ")
@@ -735,3 +725,4 @@ def test_the_example_has_every_option() -> None:
 
 if __name__ == "__main__":
     README.write_text(with_reference(README.read_text()))
+    (ROOT / "config" / "gateway.schema.json").write_text(schema.text())
