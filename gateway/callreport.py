@@ -34,7 +34,7 @@ class CallReport(Struct, kw_only=True):
     """How one simulated call went, as the carrier and the caller saw it. `frames_out` went to the gateway, `frames_in` came back.
 
     `checkpoints` hold the truth about each checkpoint and whether the carrier echoed it; `clears` what each clear cut;
-    `latency_*` are None unless the caller heard an echo.
+    `errors` are what went wrong, `remarks` what may well be meant so. `latency_*` are None unless the caller heard an echo.
     """
 
     kind: str
@@ -65,6 +65,7 @@ class CallReport(Struct, kw_only=True):
     ended_by: Literal["caller", "gateway", "nobody"] = "nobody"
     close_code: int | None = None
     errors: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     recording: Recording | None = None
 
     @property
@@ -124,3 +125,22 @@ def explain_status(status: int, url: str, what: Literal["webhook", "stream"]) ->
     if what == "stream":
         return f"{place} answered the stream's handshake with HTTP {status} in place of 101; a real carrier drops the stream."
     return f"{place} answered the webhook with HTTP {status}; a real carrier would end the call."
+
+
+def explain_close(code: int | None) -> str:
+    """What a close of the gateway's means for the caller; empty where that is proper, or no close at all."""
+    match code:
+        case 1000 | 1006 | None:
+            return ""
+        case 1001:
+            return "The gateway ended the call because it is stopping (1001)."
+        case 1008:
+            return "The gateway turned the stream away (1008): too many bad frames, no start, or one that its token does not fit."
+        case 1009:
+            return "A frame was larger than the gateway takes (1009)."
+        case 1011:
+            return (
+                "The gateway ended the call (1011): it has no service for it any more. Is the service up? See the gateway's log."
+            )
+        case _:
+            return f"The gateway closed the stream with code {code}."

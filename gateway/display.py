@@ -110,6 +110,8 @@ def print_reports(console: Console, reports: list[CallReport], save: Path | None
                 console.print(Text.assemble((f"  {name:<32}", "dim"), value))
         for sentence in (*report.errors, *(refused(refusal) for refusal in report.refusals)):
             console.print(Text(f"  {sentence}", style="red"))
+        for sentence in report.remarks:
+            console.print(Text(f"  {sentence}", style="yellow"))
     well = sum(report.ok for report in reports)
     console.print(f"{well} of {len(reports)} calls went well.", style="green" if well == len(reports) else "red")
     if save is not None and any(report.recording is not None for report in reports):

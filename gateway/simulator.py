@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from gateway.alignment import Echo, measure_echo
 from gateway.audio import convert_whole, resample_whole
-from gateway.callreport import CallReport, Recording, Refusal, explain, explain_status, origin
+from gateway.callreport import CallReport, Recording, Refusal, explain, explain_close, explain_status, origin
 from gateway.ear import Ear, Fate, Voice
 from gateway.errors import GatewayError, MalformedFrame
 from gateway.events import (
@@ -188,6 +188,7 @@ class _Line:
         self._sending = asyncio.Lock()
         self._bad_in_a_row = 0
         self._listen_only = False
+        self._left_unsaid = 0  # milliseconds
         self._said = bytearray()
         self._sent_at: list[float] = []  # of each chunk
         self._received = bytearray()
@@ -251,6 +252,11 @@ class _Line:
         try:
             return self._provider.dial(answer)
         except MalformedFrame as error:
+            if "<Reject" in answer or "<Hangup" in answer:
+                raise _Refused(
+                    f"{origin(request.url)} turned the call away: it is full, or more calls came in a second than it admits "
+                    "(max_calls, max_calls_per_second)."
+                ) from error
             raise _Refused(f"A real carrier would have refused the answer of {origin(request.url)}: {error}") from error
 
     async def _connect(self, http: aiohttp.ClientSession, url: str) -> aiohttp.ClientWebSocketResponse:
@@ -327,12 +333,20 @@ class _Line:
             if self._habits.says_stop:
                 await self._guard(self._tell(Stop(StopReason.CALLER_HANGUP)))
         if not ws.closed:
+            began = self._now()
             await ws.close(code=1007 if self._bad_in_a_row >= STRIKES and self._habits.text else 1000)
-            if ws.close_code == 1006:
+            # Where the gateway closes on our stop, its close frame may cross ours: nobody is late then.
+            if ws.close_code == 1006 and self._now() - began >= self.close_timeout_secs:
                 report.errors.append(f"The gateway did not answer the close frame within {self.close_timeout_secs:g} s.")
         elif ws.close_code == 1006:
             report.errors.append("The gateway's socket went away in mid-call without a close frame (1006).")
         report.close_code = ws.close_code
+        if report.ended_by == "gateway" and (why := explain_close(ws.close_code)):
+            report.errors.append(why)
+        if report.ended_by == "gateway" and self._left_unsaid:
+            report.remarks.append(f"The gateway hung up with {self._left_unsaid} ms of the caller's words unsaid.")
+        if not self._listen_only and not report.frames_in:
+            report.remarks.append("The caller heard nothing at all. Does the service speak? Is the URL this carrier's own?")
 
     # --- from the carrier to the gateway -------------------------------------------------------------------------------
 
@@ -367,6 +381,7 @@ class _Line:
                 listening = False
                 self._mouth.barge_in(self._now())
             said = chunks.popleft() if chunks and not listening else silence
+            self._left_unsaid = len(chunks) * CHUNK_MS
             self._said += said
             for track in tracks:
                 payload = said if track is Track.INBOUND else silence

@@ -34,7 +34,7 @@ async def test_the_ten_line_service_carries_a_call(launch: Launch, tmp_path: Pat
         port = free.getsockname()[1]
     script = tmp_path / "service.py"
     script.write_text(block("service").replace("9000", str(port)))
-    process = await asyncio.create_subprocess_exec(sys.executable, str(script))
+    process = await asyncio.create_subprocess_exec(sys.executable, str(script), stderr=asyncio.subprocess.PIPE)
     try:
         await _listening(port)
         server = await launch(services={"agent": {"kind": "websocket", "url": f"ws://127.0.0.1:{port}"}})
@@ -45,7 +45,8 @@ async def test_the_ten_line_service_carries_a_call(launch: Launch, tmp_path: Pat
             await call.hangup()
     finally:
         process.terminate()
-        await process.wait()
+        _, complaints = await process.communicate()
+    assert b"" == complaints
     assert [] == call.violations
     assert 3200 == len(played(call)) or call.ear.clears
     assert 1 == len(call.ear.clears)
