@@ -16,7 +16,7 @@ from aiohttp.resolver import DefaultResolver
 from gateway.errors import RemoteError
 from gateway.services.framed import SUBPROTOCOL_FRAMED
 from gateway.services.native import SUBPROTOCOL_RAW
-from gateway.services.retry import FAILURES_PER_SEC, FINAL_STATUSES, Breaker, Limiter
+from gateway.services.retry import FAILURES_PER_SEC, FINAL_STATUSES, PROBE_SECS, Breaker, Limiter
 from gateway.settings import WebsocketService
 
 HANDSHAKES = 32
@@ -53,8 +53,10 @@ class Redirected(aiohttp.ClientError):
 class ServiceSocket(aiohttp.ClientWebSocketResponse):
     """A client's socket whose transport can be asked how much waits in it, and cut."""
 
-    def __init__(self, reader: Any, writer: Any, *args: Any, **options: Any) -> None:
-        super().__init__(reader, writer, *args, **options)
+    def __init__(self, reader: Any, writer: Any, protocol: Any, response: Any, *args: Any, **options: Any) -> None:
+        super().__init__(reader, writer, protocol, response, *args, **options)
+        self.selected: str | None = response.headers.get("Sec-WebSocket-Protocol")
+        """What the service answered; `protocol` is None also where it selected what was not offered."""
         self.transport: asyncio.Transport = writer.transport
         # Whoever sends looks at the level himself; a send that waits would hold up what comes behind it.
         self.transport.set_write_buffer_limits(high=64 * 2**20)
@@ -102,6 +104,7 @@ class Dialler:
         self._handshakes = asyncio.Semaphore(HANDSHAKES)
         self._limiter = Limiter(FAILURES_PER_SEC, FAILURES_PER_SEC)
         self._news = asyncio.Event()
+        self._scouts: set[str] = set()
         self.dials = 0
 
     async def close(self) -> None:
@@ -133,11 +136,26 @@ class Dialler:
                 breaker.forget()
         return socket
 
-    async def pause(self, secs: float) -> None:
-        """Wait; not so long if a service comes back that could not be reached."""
-        with suppress(TimeoutError):
+    async def pause(self, name: str, secs: float, *, by_the_clock: bool) -> None:
+        """Wait before the service called `name` is dialled again; unless `by_the_clock`, only until it is known to be back.
+
+        One of those who wait, whoever comes first, is the scout and waits no longer than PROBE_SECS.
+        """
+        if by_the_clock:
+            await asyncio.sleep(secs)
+            return
+        scout = name not in self._scouts
+        if scout:
+            self._scouts.add(name)
+            secs = min(secs, PROBE_SECS * 1.05)
+        try:
             async with asyncio.timeout(secs):
                 await self._news.wait()
+        except TimeoutError:
+            pass
+        finally:
+            if scout:
+                self._scouts.discard(name)
 
     def _announce(self) -> None:
         self._news.set()

@@ -12,8 +12,11 @@ FIRST_DELAY_SECS, LONGEST_DELAY_SECS = 0.05, 2.0
 STABLE_SECS = 5.0
 """A connection that has lasted so long ends the memory of what failed before it."""
 
+FLAPS = 3
+"""A service that was lost so often without having been stable is dialled by the clock, also when others say that it is back."""
+
 BREAKER_FAILURES, BREAKER_WINDOW_SECS = 5, 10.0
-PROBE_SECS = 0.1
+PROBE_SECS = 0.05
 """While a service can't be reached, all calls together try it one at a time, this far apart."""
 
 FAILURES_PER_SEC = 50.0

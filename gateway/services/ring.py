@@ -76,6 +76,7 @@ class Ring:
         self._acked_pos = 0  # of the first sample that is not acknowledged
         self._gone_frames = 0  # sent, not acknowledged, and no longer kept
         self._gone_heard = 0
+        self._gone_end = 0  # the number after the last of those
         self._word_bytes = 0
         self.acked = -1
         self.next_seq = 0
@@ -179,13 +180,12 @@ class Ring:
             return False
         if seq <= self.acked:
             return True
-        oldest = self.oldest
         pos = self._position(seq + 1)
         while self._kept_bytes and (first := _first(self._kept)) is not None and first.seq <= seq:
             pos = first.pos + len(first.payload) // self._sample_bytes
             while self._forget() is not first:
                 pass
-        self._forget_gone(min(self._gone_frames, max(0, min(seq + 1, oldest) - (oldest - self._gone_frames))))
+        self._forget_gone(self._gone_frames - self._gone_from(seq + 1))
         self.acked = seq
         self._acked_pos = max(self._acked_pos, pos)
         return True
@@ -224,7 +224,7 @@ class Ring:
             self.acked = max(self.acked, wanted - 1)
             self._acked_pos = max(self._acked_pos, self._position(wanted))
             missing = max(0, oldest - wanted) * self._frame_bytes
-            lost = min(self._gone_frames, max(0, oldest - wanted))
+            lost = self._gone_from(wanted)
             self._forget_gone(self._gone_frames - lost)
             self._lose_gone(lost)
         if missing:
@@ -272,6 +272,11 @@ class Ring:
         """The number of the first frame that has not been sent (again)."""
         first = _first(self._waiting)
         return first.seq if first is not None else self.next_seq
+
+    @property
+    def unsent_heard(self) -> int:
+        """The carrier's bytes in frames that have never been sent."""
+        return sum(entry.heard for entry in self._waiting if isinstance(entry, Frame) and not entry.sent)
 
     @property
     def waiting_bytes(self) -> int:
@@ -330,6 +335,7 @@ class Ring:
                 if isinstance(entry, Frame):
                     self._gone_frames += 1
                     self._gone_heard += entry.heard
+                    self._gone_end = entry.seq + 1
                 continue
             # Audio is near the front: everything before it is a handful of words.
             at = next(i for i, each in enumerate(self._waiting) if isinstance(each, Frame))
@@ -340,6 +346,10 @@ class Ring:
                 if not self._hole:
                     self._hole_reason = GapReason.OVERFLOW
                 self._hole += len(frame.payload)
+
+    def _gone_from(self, seq: int) -> int:
+        """How many frames that were sent and are no longer kept have this number or a higher one."""
+        return min(self._gone_frames, max(0, self._gone_end - seq))
 
     def _forget_gone(self, frames: int) -> None:
         """So many of the oldest frames that were sent and are no longer kept have arrived."""

@@ -19,7 +19,7 @@ from gateway.services.dialler import LARGEST_MESSAGE, ServiceSocket, Unreachable
 from gateway.services.framed import HEADER_BYTES, SUBPROTOCOL_FRAMED, Flags, Header, Numbers, pack, unpack
 from gateway.services.intake import Intake
 from gateway.services.native import SUBPROTOCOL_RAW, Ack, Malformed, NativeCarrier, Ready, Resume, acknowledgement, numbered
-from gateway.services.retry import REFUSALS, STABLE_SECS, Backoff, Limiter, Patience, Verdict, verdict
+from gateway.services.retry import FLAPS, REFUSALS, STABLE_SECS, Backoff, Limiter, Patience, Verdict, verdict
 from gateway.services.ring import Frame, Hole, Ring, Word
 from gateway.settings import WebsocketService
 
@@ -64,7 +64,7 @@ class _Connection:
 
     def __init__(self, socket: ServiceSocket, began: float) -> None:
         self.socket = socket
-        self.framed = socket.protocol == SUBPROTOCOL_FRAMED
+        self.framed = socket.selected == SUBPROTOCOL_FRAMED
         self.established = False
         self.at = began
         self.moved_at = began
@@ -123,6 +123,7 @@ class WebsocketLink:
         self._numbers = Numbers()
         self._ack_timer: asyncio.TimerHandle | None = None
         self._backoff = Backoff()
+        self._flaps = 0
         self._patience = Patience(self._service.give_up_secs, self._loop.time())
         self._faults = Limiter(FAULTS_PER_SEC, FAULTS_PER_SEC)
         self._untold_faults = 0
@@ -178,7 +179,7 @@ class WebsocketLink:
                 self._give_up(ended)
             if not self._round:
                 delay = min(self._backoff.delay(random.random()), max(0.0, self._patience.left(now)))  # noqa: S311 - jitter
-                await self._line.dialler.pause(delay)
+                await self._line.dialler.pause(self._name, delay, by_the_clock=self._flaps >= FLAPS)
 
     def _give_up(self, ended: _Ended, *, moves_on: bool = False) -> None:
         """This service won't have the call (any more). Raises ServiceLost unless there is another one."""
@@ -210,8 +211,8 @@ class WebsocketLink:
             return _Ended(Verdict.FINAL if error.final else Verdict.RETRY, str(error))
         connection = _Connection(socket, self._loop.time())
         try:
-            if socket.protocol not in (None, SUBPROTOCOL_RAW, SUBPROTOCOL_FRAMED):
-                return self._hang_up(connection, 4003, f"selected {socket.protocol!r}, which was not offered")
+            if socket.selected not in (None, SUBPROTOCOL_RAW, SUBPROTOCOL_FRAMED):
+                return self._hang_up(connection, 4003, f"selected {socket.selected!r}, which was not offered")
             ended = await self._attend(connection)
         finally:
             self._connection = None
@@ -325,11 +326,14 @@ class WebsocketLink:
         if not connection.established or self._stopped or ended.verdict is Verdict.DONE:
             return
         stable = self._patience.lost(self._loop.time())
+        self._flaps = 0 if stable else self._flaps + 1
         if stable:
             self._backoff.reset()
         if ended.code in REFUSALS and not stable:
             self._begun = False
             self._ring.rewind()
+        else:
+            self._round = []
         self._line.log.warning("service_away", service=self._name, error=ended.why)
         if not connection.framed and self._line.start.media_format is not None and (tail := self._downward.flush()):
             self._line.perform(Audio(tail))

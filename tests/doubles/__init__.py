@@ -2,7 +2,7 @@
 
 from .conversation_relay import ConversationRelay
 from .plivo import ABSENT, EXTRA_HEADERS_FORMS, Plivo
-from .service import FRAMED, RAW, EchoService20, Link, RecordingService, scripted
+from .service import FRAMED, RAW, EchoService20, Link, Memory, RecordingService, scripted
 from .twilio_media import TwilioMedia
 from .wire import Refused
 
@@ -14,6 +14,7 @@ __all__ = [
     "ConversationRelay",
     "EchoService20",
     "Link",
+    "Memory",
     "Plivo",
     "RecordingService",
     "Refused",

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -87,6 +88,16 @@ TELLS: dict[str, dict[str, str]] = {
 }
 ACCOUNT = ("received", "forwarded", "dropped", "queued", "played", "cleared", "lost")
 MAY_MISS = {("fault", "ref")}
+RESUME = {
+    "session": "string",
+    "oldest": "integer",
+    "next": "integer",
+    "next_out": "integer",
+    "queued_ms": "integer",
+    "checkpoints": "array",
+}
+HEADER = struct.Struct("<BBHIQ")
+REPLAYED, DISCONTINUITY, SILENCE, LAST = 1, 2, 4, 8
 
 
 def wrong_field(value: object, rule: str) -> bool:
@@ -107,6 +118,52 @@ class Message:
 
 
 @dataclass
+class Frame:
+    """Audio of framed mode."""
+
+    track: int
+    flags: int
+    seq: int
+    pos: int
+    samples: bytes
+    at: float = 0.0
+
+
+@dataclass
+class Memory:
+    """What a service in framed mode knows of one stream, on whichever connection it came; each thing is taken once."""
+
+    frames: list[Frame] = field(default_factory=list)
+    texts: list[dict[str, Any]] = field(default_factory=list)
+    """Everything but `start`, without the numbers."""
+    next: int = 0
+    next_text: int = 0
+    repeated: int = 0
+    out: int = 0
+    """The number of the next frame of ours."""
+
+    @property
+    def audio(self) -> bytes:
+        return b"".join(frame.samples for frame in self.frames)
+
+    def take(self, frame: Frame) -> None:
+        if frame.seq < self.next:
+            self.repeated += 1
+            return
+        self.next = frame.seq + 1
+        self.frames.append(frame)
+
+    def read(self, text: dict[str, Any]) -> None:
+        number = text.get("n")
+        if number is None or number >= self.next_text:
+            self.next_text = self.next_text if number is None else number + 1
+            self.texts.append({name: value for name, value in text.items() if name not in ("n", "replayed")})
+
+    def told(self, kind: str) -> list[dict[str, Any]]:
+        return [text for text in self.texts if text.get("type") == kind]
+
+
+@dataclass
 class Link:
     """One connection from the gateway, seen by the service."""
 
@@ -118,7 +175,26 @@ class Link:
     messages: list[Message] = field(default_factory=list)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     close_code: int | None = None
+    memory: Memory = field(default_factory=Memory)
+    ready: bool = False
+    _unacked: int = 0
+    _expected: tuple[int, int] | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def frames(self) -> list[Frame]:
+        """Audio of this connection in framed mode."""
+        return [m.payload for m in self.messages if isinstance(m.payload, Frame)]
+
+    async def play(self, samples: bytes, *, frame_bytes: int = 320, flags: int = 0) -> None:
+        """Audio in framed mode, numbered on from the last."""
+        for at in range(0, len(samples), frame_bytes):
+            await self.put(self.memory.out, samples[at : at + frame_bytes], flags=flags)
+
+    async def put(self, seq: int, samples: bytes, *, flags: int = 0, pos: int = 0) -> None:
+        """One frame with this number."""
+        self.memory.out = max(self.memory.out, seq + 1)
+        await self.ws.send(HEADER.pack(0x11, 1, flags, seq, pos) + samples)
 
     def now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -192,6 +268,9 @@ class RecordingService:
     `subprotocol`: the one to answer, offered or not; None for none; a function of the offered list to choose.
     `script`: run once per connection beside the reading. `refuse`: HTTP statuses for the first handshakes, then it accepts.
     `offers`: the subprotocols the gateway must offer.
+    In framed mode it says `ready` (`answer`: `next` that it remembers, None: live, `oldest`: no wish, `silent`: never)
+    and acknowledges every `ack_frames` frames (0: never). `memories`, by session, may be shared by several services.
+    `down` kills it, `up` brings it back on the same port.
     """
 
     def __init__(
@@ -204,7 +283,12 @@ class RecordingService:
         small_buffers: bool = False,
         port: int = 0,
         offers: tuple[str, ...] = (RAW, FRAMED),
+        answer: str | int | None = "next",
+        ack_frames: int = 10,
+        memories: dict[str, Memory] | None = None,
     ) -> None:
+        self.answer, self.ack_frames = answer, ack_frames
+        self.memories: dict[str, Memory] = {} if memories is None else memories
         self.offers = list(offers)
         self.subprotocol, self.script = subprotocol, script
         self.refusals = [refuse] * 10**6 if isinstance(refuse, int) else list(refuse or [])
@@ -234,6 +318,11 @@ class RecordingService:
 
     async def __aenter__(self) -> Self:
         self._changed = asyncio.Event()
+        await self.up()
+        return self
+
+    async def up(self) -> None:
+        """Listen (again)."""
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if self.small_buffers:
@@ -252,7 +341,19 @@ class RecordingService:
             max_queue=None,
         )
         self.url = _address(self._server)
-        return self
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def down(self) -> None:
+        """As if the process were killed: nobody listens, and connections end without a close frame."""
+        self._server.server.close()
+        self.drop_all()
+        self._server.close()
+        await asyncio.wait_for(self._server.wait_closed(), 5)
+
+    def drop_all(self) -> None:
+        for link in self.links:
+            if not link.closed.is_set():
+                link.drop()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for link in self.links:
@@ -295,7 +396,10 @@ class RecordingService:
             scripted = group.create_task(self._run(link)) if self.script else None
             try:
                 async for frame in ws:
-                    link.messages.append(Message(link.now(), self._read(link, frame)))
+                    payload = self._read(link, frame)
+                    link.messages.append(Message(link.now(), payload))
+                    if link.subprotocol == FRAMED:
+                        await self._remember(link, payload)
                     link._changed.set()
             except ConnectionClosed:
                 pass
@@ -307,6 +411,28 @@ class RecordingService:
                 if scripted:
                     await asyncio.wait([scripted], timeout=1)
                     scripted.cancel()
+
+    async def _remember(self, link: Link, payload: Any) -> None:
+        """Be a service in framed mode."""
+        if isinstance(payload, Frame):
+            link.memory.take(payload)
+            link._unacked += 1
+            if self.ack_frames and link._unacked >= self.ack_frames:
+                link._unacked = 0
+                await link.send(type="ack", seq=payload.seq)
+        elif isinstance(payload, dict) and payload.get("type") == "start":
+            link.memory = self.memories.setdefault(payload["session"], Memory())
+            if self.answer == "silent":
+                return
+            ready: dict[str, Any] = {"type": "ready"}
+            if self.answer != "oldest":
+                ready["next"] = link.memory.next if self.answer == "next" else self.answer
+            if isinstance(ready.get("next"), int):
+                link._expected = (ready["next"], -1)
+            link.ready = True
+            await link.send(**ready)
+        elif isinstance(payload, dict):
+            link.memory.read(payload)
 
     async def _run(self, link: Link) -> None:
         assert self.script
@@ -332,6 +458,8 @@ class RecordingService:
             elif link.subprotocol == FRAMED:
                 if frame[0] != 0x11 or len(frame) <= 16:
                     wrong("audio: no header of version 1", frame[:16])
+                else:
+                    return self._frame(link, frame)
             elif (media := told[0].get("media_format")) is None:
                 wrong("audio on a stream of text")
             elif len(frame) % WIDTHS.get(media.get("encoding"), 1):
@@ -349,8 +477,17 @@ class RecordingService:
             return value
         if (kind == "start") != (not told):
             wrong("start: not first" if told else f"{kind} before start", frame)
-        for name in value.keys() - fields.keys() - {"type"}:
+        framed = link.subprotocol == FRAMED and kind not in ("start", "ack")
+        for name in value.keys() - fields.keys() - {"type"} - ({"n", "replayed"} if framed else set()):
             wrong(f"{kind}: unexpected field {name!r}", frame)
+        numbered = is_kind(value.get("n"), "integer") or (kind == "gap" and "n" not in value)
+        if framed and (not numbered or value.get("replayed") not in (None, True)):
+            wrong(f"{kind}: no number", frame)
+        if kind == "start" and (resume := value.get("resume")) is not None:
+            if resume.keys() != RESUME.keys() or any(wrong_field(resume[name], rule) for name, rule in RESUME.items()):
+                wrong("start.resume", frame)
+            elif link.subprotocol != FRAMED:
+                wrong("start.resume in raw mode", frame)
         for name, rule in fields.items():
             if name not in value:
                 if (kind, name) not in MAY_MISS:
@@ -368,6 +505,27 @@ class RecordingService:
             for name in account.keys() - set(ACCOUNT):
                 wrong(f"stop.account: unexpected field {name!r}", frame)
         return value
+
+    def _frame(self, link: Link, message: bytes) -> Frame:
+        frame = Frame(*HEADER.unpack_from(message)[1:], message[16:], link.now())
+        wrong = self.ledger.add
+        media = link.start.get("media_format") or {}
+        width = WIDTHS.get(media.get("encoding", ""), 1)
+        if not link.ready and self.answer != "silent":
+            wrong("audio before ready")
+        if frame.track != ("inbound", "outbound").index(link.start["track"]):
+            wrong("audio: of another track")
+        if frame.flags & ~15:
+            wrong("audio: unknown flags", message[:16])
+        if len(frame.samples) % width:
+            wrong("audio: half a sample", message[:16])
+        if (expected := link._expected) is not None and not frame.flags & DISCONTINUITY:
+            if frame.seq != expected[0]:
+                wrong("audio: a number was left out", message[:16])
+            elif expected[1] not in (-1, frame.pos):
+                wrong("audio: a position was left out", message[:16])
+        link._expected = (frame.seq + 1, frame.pos + len(frame.samples) // width)
+        return frame
 
     def _judge_end(self, link: Link) -> None:
         closed = link.ws.protocol
