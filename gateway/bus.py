@@ -9,8 +9,8 @@ from collections.abc import Callable
 from gateway.events import Audio, Event, Gap, GapReason, Stop
 from gateway.media import MediaFormat, Track
 
-MOST_EVENTS = 2000
-"""Events other than audio that one queue may hold; a service that takes none for so long has long been given up."""
+MOST_EVENTS = 10_000
+"""Events other than audio that one queue may hold: more than a stream can have checkpoints pending."""
 
 Watcher = Callable[[str, Event], None]
 """Called with the session's id and each event but audio. Must be quick and must not raise."""
@@ -28,6 +28,7 @@ class Subscription:
         self._format = media_format
         self._capacity = media_format.bytes_for(capacity_ms) if media_format is not None else 0
         self.track = track
+        self._chunks = 0  # of audio in the queue
         self._shed = 0  # bytes dropped and not yet told
         self.audio_bytes = 0
         """Bytes of audio in the queue."""
@@ -46,11 +47,12 @@ class Subscription:
             if event.track is not self.track:
                 return
             self.audio_bytes += len(event.payload)
+            self._chunks += 1
             self._events.append(event)
             if self.audio_bytes > self._capacity:
                 self._make_room()
         else:
-            if len(self._events) >= MOST_EVENTS and type(event) is not Stop:
+            if len(self._events) - self._chunks >= MOST_EVENTS and type(event) is not Stop:
                 self.dropped_events += 1
                 return
             self._events.append(event)
@@ -75,7 +77,7 @@ class Subscription:
         events = list(self._events)
         self._events.clear()
         self.taken_bytes += self.audio_bytes
-        self.audio_bytes = 0
+        self.audio_bytes = self._chunks = 0
         if self._shed and self._format is not None:
             # What was shed was the oldest: it is missing before the first audio left.
             at = next((i for i, event in enumerate(events) if type(event) is Audio), len(events))
@@ -84,13 +86,14 @@ class Subscription:
         return events
 
     def _make_room(self) -> None:
-        while self.audio_bytes > self._capacity:
+        while self.audio_bytes > self._capacity and self._chunks > 1:  # the newest chunk is never too much
             # Audio is near the front: everything before it is a handful of other events.
             at = next(i for i, event in enumerate(self._events) if type(event) is Audio)
             event = self._events[at]
             del self._events[at]
             size = len(event.payload) if isinstance(event, Audio) else 0
             self.audio_bytes -= size
+            self._chunks -= 1
             self.dropped_bytes += size
             self._shed += size
 
@@ -113,9 +116,6 @@ class Channel:
 
     def subscribe(self, subscription: Subscription) -> None:
         self._subscriptions.append(subscription)
-
-    def unsubscribe(self, subscription: Subscription) -> None:
-        self._subscriptions.remove(subscription)
 
 
 class Bus:

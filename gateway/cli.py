@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine
@@ -28,6 +29,18 @@ from gateway.server import Server
 from gateway.settings import Settings, host_port
 
 Result = TypeVar("Result")
+
+class _Seconds(click.FloatRange):
+    """From 0 to an hour; nothing compares with nan."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if seconds != seconds:  # nan
+            self.fail(f"{value} is no time", param, ctx)
+        return seconds
+
+
+SECONDS = _Seconds(0, 3600)
 
 EXIT_CONFIG = 78
 """EX_CONFIG of sysexits.h."""
@@ -138,18 +151,33 @@ def demo(directory: Path, as_json: bool) -> None:
     sys.exit(0 if well else 1)
 
 
+def _keys(_context: click.Context, _option: click.Parameter, keys: str) -> str:
+    if set(keys.upper()) - set("0123456789*#ABCD"):
+        raise click.BadParameter("keys are 0-9, *, # and A-D")
+    return keys.upper()
+
+
+def _writable(_context: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
+    """Say it before the call that a recording can't be written, not after."""
+    if path is not None and not os.access(path.parent, os.W_OK):
+        raise click.BadParameter(f"{path.parent} is no directory that can be written to")
+    return path
+
+
 @main.command()
 @click.argument("kind", required=False)
 @click.option("--url", help="http(s)://…/NAME/answer (asks the webhook first, as a carrier does), or ws(s)://…/stream.")
 @click.option("--config", "-c", "path", type=click.Path(path_type=Path), help="Sign as an account of this configuration does.")
 @click.option("--provider", "name", help="Which account: a name under `providers:`. Then KIND and --url need not be given.")
 @click.option("--audio", type=click.Path(path_type=Path), help="What the caller says: a WAV file. Default: the bundled clip.")
-@click.option("--save", type=click.Path(path_type=Path), help="Write what the caller heard to this WAV file.")
+@click.option(
+    "--save", type=click.Path(path_type=Path), callback=_writable, help="Write what the caller heard to this WAV file."
+)
 @click.option("--say", multiple=True, help="What the caller says to a carrier of text (ConversationRelay); may be repeated.")
-@click.option("--dtmf", default="", help="Keys to press, for instance 12#.")
+@click.option("--dtmf", default="", callback=_keys, help="Keys to press, for instance 12#.")
 @click.option("--calls", default=1, show_default=True, type=click.IntRange(1, 2000), help="How many calls at the same time.")
-@click.option("--hold", "hold_secs", default=1.0, show_default=True, help="Seconds the caller stays after the last word.")
-@click.option("--barge-in", "barge_in_after_secs", type=float, help="Speak only after hearing the agent for so many seconds.")
+@click.option("--hold", "hold_secs", default=1.0, show_default=True, type=SECONDS, help="How long the caller stays at the end.")
+@click.option("--barge-in", "barge_in_after_secs", type=SECONDS, help="Speak only after hearing the agent for so many seconds.")
 @click.option("--caller", default="+15550100001", show_default=True)
 @click.option("--called", default="+15550100002", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per call (the default when piped).")

@@ -329,6 +329,9 @@ def _deadline(mark: _Mark) -> float:
 CLIP_SECS = 10.0
 """How long a `stop` after playing waits for a clip whose length nobody tells."""
 
+HUSH_SECS = 1.0
+"""The carrier's agent must have been silent for so long before a clip counts as over."""
+
 PAUSE = "\N{OBJECT REPLACEMENT CHARACTER}"
 """Stands in a recital for something that the carrier plays without ever telling that it has."""
 
@@ -356,6 +359,7 @@ class Recital:
         self._starts: deque[int] = deque()  # where each message that has not been spoken to its end begins, likewise counted
         self._marks: deque[tuple[str, int]] = deque()
         self._quiet_at = float("-inf")
+        self._hushed_at: float | None = None  # since when the carrier says that nothing is spoken
         self.ending = False
 
     def say(self, text: str, now: float) -> None:
@@ -375,6 +379,10 @@ class Recital:
     def end(self) -> None:
         """Nothing more will be said."""
         self.ending = True
+
+    def speech(self, active: bool, now: float) -> None:
+        """The carrier's agent starts or stops to sound."""
+        self._hushed_at = None if active else now
 
     def checkpoint(self, name: str) -> list[Checkpoint]:
         self._marks.append((name, self._said))
@@ -414,7 +422,7 @@ class Recital:
 
     def idle(self, now: float) -> bool:
         """Whether all words were spoken, or should have been long ago."""
-        return (self._all_spoken and not self._marks) or now >= self._quiet_at + CONFIRM_SECS
+        return (self._all_spoken and not self._marks) or now >= self._over_at
 
     @property
     def pending(self) -> tuple[str, ...]:
@@ -422,7 +430,16 @@ class Recital:
         return tuple(name for name, _ in self._marks)
 
     def next_due(self) -> float | None:
-        return self._quiet_at + CONFIRM_SECS if self.ending else None
+        return self._over_at if self.ending else None
+
+    @property
+    def _over_at(self) -> float:
+        """When nothing can be left to hear, whatever was reported."""
+        over_at = self._quiet_at + CONFIRM_SECS
+        if self._hushed_at is not None and not self._text.strip(PAUSE):
+            # Only clips are left, of which the carrier never tells, and it says that nothing sounds.
+            over_at = min(over_at, self._hushed_at + HUSH_SECS)
+        return over_at
 
     @property
     def _all_spoken(self) -> bool:

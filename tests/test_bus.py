@@ -55,6 +55,22 @@ async def test_a_full_queue_drops_its_oldest_audio_and_tells_one_gap_in_its_plac
     assert [chunk(9)] == await queue.take()
 
 
+async def test_the_newest_chunk_is_never_too_much() -> None:
+    queue = Subscription(MULAW_8K, capacity_ms=0)
+    for n in range(3):
+        queue.offer(chunk(n))
+        assert chunk(n) in await queue.take()
+    assert 0 == queue.dropped_bytes
+
+
+async def test_audio_takes_no_room_of_other_events() -> None:
+    queue = Subscription(MULAW_8K, capacity_ms=60_000)
+    for n in range(MOST_EVENTS):
+        queue.offer(chunk(n, ms=1))
+    queue.offer(Dtmf("1"))
+    assert Dtmf("1") == (await queue.take())[-1]
+
+
 async def test_events_are_bounded_too_but_the_stop_always_fits() -> None:
     queue = Subscription(None, capacity_ms=60)
     for _ in range(MOST_EVENTS + 10):
@@ -77,7 +93,7 @@ def test_no_byte_is_lost_without_being_counted(sizes: list[int | None], capacity
             if size is not None:
                 offered += 8 * size
                 queue.offer(chunk(size, size))
-                assert queue.audio_bytes <= 8 * capacity_ms
+                assert queue.audio_bytes <= 8 * max(capacity_ms, size)
             else:
                 queue.offer(Dtmf("0"))
                 for event in await queue.take():
