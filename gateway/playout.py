@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from gateway.events import Audio, Checkpoint, Clear, Outcome
 from gateway.media import MediaFormat
+from gateway.outbound import Outbound
 from gateway.provider import Limits
 
 CONFIRM_SECS = 5.0
@@ -49,7 +50,7 @@ class Playout:
     """
 
     def __init__(self, media_format: MediaFormat, limits: Limits, *, capacity_ms: int) -> None:
-        self._format = media_format
+        self.media_format = media_format
         self.sample_bytes = media_format.sample_bytes
         self._rate = media_format.bytes_per_second
         self._lead = limits.lead_ms / 1000
@@ -79,6 +80,8 @@ class Playout:
         self.stale_echoes = 0
         self.unconfirmed = 0
         self.ending = False
+        self.outbound: Outbound | None = None
+        """Is told what is played when, if somebody listens to that."""
 
     # --- what a service asks for ---
 
@@ -120,7 +123,7 @@ class Playout:
     def clear(self, now: float) -> tuple[bool, list[Checkpoint | Clear]]:
         """Drop everything. Returns whether the carrier must be told, and what to tell the service, in order."""
         tell_carrier = self._sent > 0 or bool(self._unconfirmed)
-        heard = self._position(now)
+        heard = self.position(now)
         results: list[Checkpoint | Clear] = []
         boundary = played_until = self._boundary
         for mark in (*self._unconfirmed, *self._unsent):
@@ -156,13 +159,17 @@ class Playout:
         size = min(run, self._largest) if run >= self._unit else run
         if size == self._largest or not self._flushing:
             size -= size % self._unit if size >= self._unit else 0
-        if self._dry_at < now:
+        begins = self._dry_at < now
+        if begins:
             if self._sent and HOLE_SECS < now - self._dry_at < PAUSE_SECS:
                 self.underruns += 1
             self._dry_at = now
+        payload = self._take(size)
+        if self.outbound is not None:
+            self.outbound.sent(payload, self._dry_at if begins or not self._sent else None)
         self._sent += size
         self._dry_at += size / self._rate
-        return Audio(self._take(size))
+        return Audio(payload)
 
     def next_due(self) -> float | None:
         """When `next_frame` or `overdue` will have something, if nothing else happens; None: never. May lie in the past."""
@@ -207,7 +214,7 @@ class Playout:
 
         `hung_up`: the carrier ended it. What was on its way to the ear while that news was on its way to us was not heard.
         """
-        heard = self._position(now - min(self._lateness, default=0.0) if hung_up else now)
+        heard = self.position(now - min(self._lateness, default=0.0) if hung_up else now)
         results: list[Checkpoint] = []
         boundary = self._boundary
         for mark in (*self._unconfirmed, *self._unsent):
@@ -217,6 +224,11 @@ class Playout:
         self._empty()
         self._accepted = self._sent = self._heard = 0
         return results
+
+    def follow(self, now: float) -> None:
+        """Keep a track of what is heard, in `outbound`, from now on."""
+        if self.outbound is None:
+            self.outbound = Outbound(self.media_format, now)
 
     # --- figures ---
 
@@ -244,8 +256,16 @@ class Playout:
 
     def totals(self, now: float) -> tuple[int, int, int, int]:
         """Bytes queued, played, cleared, lost. After `finish`: queued = played + cleared + lost."""
-        played = self._total_played + self._position(now)
+        played = self._total_played + self.position(now)
         return self._total_queued, played, self._total_cleared, self._total_queued - played - self._total_cleared
+
+    def position(self, now: float) -> int:
+        """Bytes that the caller has heard since the last clear."""
+        if not self._sent:
+            return 0
+        ahead = int(max(0.0, self._dry_at - now) * self._rate)
+        ahead -= ahead % self.sample_bytes
+        return max(self._heard, self._sent - ahead)
 
     # --- inside ---
 
@@ -262,14 +282,6 @@ class Playout:
                 patience = min(patience, max(self._arrived_at, self._dry_at - DRY_SECS))
             due = max(due, patience)
         return due
-
-    def _position(self, now: float) -> int:
-        """Bytes of this generation that the caller has heard."""
-        if not self._sent:
-            return 0
-        ahead = int(max(0.0, self._dry_at - now) * self._rate)
-        ahead -= ahead % self.sample_bytes
-        return max(self._heard, self._sent - ahead)
 
     def _played(self, mark: _Mark) -> list[Checkpoint]:
         result = self._resolved(mark, Outcome.PLAYED, self._boundary, mark.position)
@@ -311,6 +323,8 @@ class Playout:
         return b"".join(parts)
 
     def _empty(self) -> None:
+        if self.outbound is not None:
+            self.outbound.cut()
         self._chunks.clear()
         self._offset = 0
         self._unsent.clear()

@@ -121,11 +121,15 @@ class Session:
         except MalformedFrame as error:
             self._malformed(error, now)
             return
+        self._tell_heard(now)
         for event in events:
             if type(event) is Audio:
                 self._hear(event)
             else:
                 self._tell(event, now)
+        if self.playout is not None and self.playout.outbound is not None and self.received_bytes:
+            placed = self.received_bytes - self.duplicate_bytes
+            self.playout.outbound.sync(self.playout.media_format.duration_ms(placed) + self.gap_ms, now)
 
     def end(self, reason: StopReason, now: float) -> None:
         """The stream is over, by whichever side: tell what was lost, then stop. Only the first reason counts."""
@@ -141,9 +145,15 @@ class Session:
             if type(command) is Audio:
                 self._play(command, now)
             else:
+                self._tell_heard(now)
                 self._obey(command, now)
         except LocalError as error:
             self.fault(error.code, str(error), _ref(command))
+
+    def follow_playout(self, now: float) -> None:
+        """From now on tell what the caller hears as well: audio of the outbound track, unless the carrier sends that itself."""
+        if self.playout is not None and Audio in self._codec.accepts:
+            self.playout.follow(now)
 
     def fault(self, code: str, message: str, ref: str | int | None = None) -> None:
         """Tell the service that something was refused."""
@@ -155,6 +165,8 @@ class Session:
     def next_frame(self, now: float) -> str | bytes | None:
         """The next frame to send, or None for now; then look at `next_due` and `over`."""
         if not self._frames and self.stop is None and (playout := self.playout) is not None:
+            if playout.outbound is not None and playout.outbound.due <= now:
+                self._tell_heard(now)
             for result in playout.overdue(now):
                 self._note("checkpoint_unconfirmed", {"after_secs": "5 s past its due time"})
                 self._report(result)
@@ -175,7 +187,10 @@ class Session:
         if self.stop is not None:
             return None
         if self.playout is not None:
-            return self.playout.next_due()
+            due, outbound = self.playout.next_due(), self.playout.outbound
+            if outbound is not None:
+                return outbound.due if due is None else min(due, outbound.due)
+            return due
         return self.recital.next_due() if self.recital is not None else None
 
     # --- inside: upwards ---
@@ -206,6 +221,12 @@ class Session:
                 self.gap_ms += lost
                 self._emit(Gap(lost, audio.track))
         self._emit(audio)
+
+    def _tell_heard(self, now: float) -> None:
+        """The outbound track up to now, so that it stands before whatever is told next."""
+        if self.playout is not None and self.playout.outbound is not None:
+            for event in self.playout.outbound.take(self.playout.position(now), now):
+                self._emit(event)
 
     def _whole(self, audio: Audio) -> Audio:
         """Whole samples only: a byte too many is carried over to the track's next chunk."""
@@ -268,6 +289,7 @@ class Session:
     def _finish(self, stop: Stop, now: float) -> None:
         if self.stop is not None:
             return
+        self._tell_heard(now)
         if self.playout is not None:
             hung_up = stop.reason in (StopReason.CALLER_HANGUP, StopReason.CARRIER_CLOSED)
             for result in self.playout.finish(now, hung_up=hung_up):
