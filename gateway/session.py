@@ -29,6 +29,7 @@ from gateway.events import (
     Language,
     Message,
     Outcome,
+    Party,
     Play,
     Say,
     Speech,
@@ -40,7 +41,7 @@ from gateway.events import (
     Unknown,
 )
 from gateway.media import Track
-from gateway.playout import MOST_PENDING, Playout, Recital
+from gateway.playout import CONFIRM_SECS, MOST_PENDING, Playout, Recital
 from gateway.provider import Codec
 from gateway.timeline import Timeline
 
@@ -54,7 +55,16 @@ REMARKED_KINDS = 20
 """Kinds of bad or unknown frames that are remarked on, once each; the rest is only counted."""
 
 
+MOST_FRAMES = 1000
+"""Frames that may wait for a carrier that does not read."""
+
 STOPPING = "the stream ends once the queue has played: nothing can be added"
+
+
+class Crowded(LocalError):
+    """The carrier does not take what is sent to it."""
+
+    code = "carrier_stalled"
 
 
 class Session:
@@ -86,6 +96,7 @@ class Session:
         self._bad_recently = 0
         self._paused = False
         self._told: set[str] = set()
+        self._unconfirmed = False
         self._ending: Stop | None = None
         self.start: Start | None = None
         self.stop: Stop | None = None
@@ -108,6 +119,11 @@ class Session:
     def over(self) -> bool:
         """Whether the stream has ended: nothing more is told, and the socket should be closed."""
         return self.stop is not None
+
+    @property
+    def waiting(self) -> int:
+        """Frames that could be sent at once; audio that waits for its time is in `playout`."""
+        return len(self._frames)
 
     # --- from the carrier ---
 
@@ -168,7 +184,10 @@ class Session:
             if playout.outbound is not None and playout.outbound.due <= now:
                 self._tell_heard(now)
             for result in playout.overdue(now):
-                self._note("checkpoint_unconfirmed", {"after_secs": "5 s past its due time"})
+                if not self._unconfirmed:
+                    # Once per stream: a carrier that confirms nothing would fill the log.
+                    self._unconfirmed = True
+                    self._note("checkpoint_unconfirmed", {"name": result.name, "waited_secs": CONFIRM_SECS})
                 self._report(result)
             if (item := playout.next_frame(now)) is not None:
                 self._frames.extend(self._codec.encode(item))
@@ -267,6 +286,8 @@ class Session:
                 self._note("carrier_fault", {"code": event.code, "message": event.message})
                 self._emit(event)
             case Dtmf() | Transcript() | Speech() | Gap() | Flow() | Audio():
+                if isinstance(event, Speech) and event.who is Party.AGENT and self.recital is not None:
+                    self.recital.speech(event.active, now)
                 if self.start is None:
                     self.bad["before_start"] += 1
                 else:
@@ -389,23 +410,29 @@ class Session:
                 else:
                     self._stop(command, now)
             case Say():
-                self._frames.extend(self._codec.encode(command))
+                self._queue(command)
                 if self.recital is not None:
                     self.recital.say(command.text, now)
             case Dtmf():
-                self._frames.extend(self._codec.encode(command))
+                self._queue(command)
                 if self.recital is not None:
                     self.recital.say(command.digits, now)
             case Play():
-                self._frames.extend(self._codec.encode(command))
+                self._queue(command)
                 if self.recital is not None:
                     self.recital.play(now)
             case Language():
-                self._frames.extend(self._codec.encode(command))
+                self._queue(command)
             case Audio():
                 self._play(command, now)
             case _ as never:
                 assert_never(never)
+
+    def _queue(self, command: Command) -> None:
+        """For the carrier, at once. Raises Crowded when it takes nothing."""
+        if len(self._frames) >= MOST_FRAMES:
+            raise Crowded(f"{MOST_FRAMES} frames wait for the carrier already")
+        self._frames.extend(self._codec.encode(command))
 
     def _clear(self, command: Clear, now: float) -> None:
         playout = self._require(Clear)

@@ -451,3 +451,37 @@ def _caller(stage: Stage, at: int):  # type: ignore[no-untyped-def]
     from gateway.events import Audio
 
     return Audio(b"\x40" * 160, timestamp_ms=at)
+
+
+def test_commands_for_a_carrier_that_does_not_read_are_bounded(kind: str) -> None:
+    from gateway.events import Dtmf, Fault
+    from gateway.session import MOST_FRAMES
+
+    stage = Stage(kind)
+    stage.start()
+    if Dtmf not in stage.codec.accepts:
+        return
+    for n in range(MOST_FRAMES + 3):
+        stage.session.perform(Dtmf("1", ref=n), stage.now)
+    refused = [event for event in stage.events if isinstance(event, Fault)]
+    assert [("carrier_stalled", MOST_FRAMES + n) for n in range(3)] == [(fault.code, fault.ref) for fault in refused]
+
+
+def test_a_carrier_that_confirms_nothing_is_remarked_on_once(kind: str) -> None:
+    stage = check(
+        kind,
+        """
+        >> start
+        << start
+        >> audio 20
+        << media 20
+        >> checkpoint a
+        << mark 1
+        >> checkpoint b
+        << mark 2
+        >> wait 5200
+        << checkpoint a played 20
+        << checkpoint b played 0
+        """,
+    )
+    assert ["checkpoint_unconfirmed"] == stage.notes
