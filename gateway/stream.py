@@ -6,6 +6,7 @@ import asyncio
 import uuid
 from dataclasses import dataclass, field
 from itertools import groupby
+from time import monotonic
 
 import aiohttp
 from aiohttp import web
@@ -14,8 +15,10 @@ from structlog.typing import FilteringBoundLogger
 from gateway.bus import Bus, Subscription
 from gateway.clock import Clock
 from gateway.door import Door, Pass
-from gateway.events import Checkpoint, Command, Event, Flow, Start, StopReason
+from gateway.events import Audio, Checkpoint, Clear, Command, Event, Flow, Start, StopReason
+from gateway.figures import Figures, measure
 from gateway.media import Track
+from gateway.metrics import Totals
 from gateway.provider import Codec
 from gateway.routing import match
 from gateway.services import Link, ServiceLost
@@ -24,6 +27,7 @@ from gateway.services.echo import EchoLink
 from gateway.services.websocket import WebsocketLink
 from gateway.session import Session
 from gateway.settings import EchoService, Route, Service, Settings, WebsocketService
+from gateway.stopwatch import EVERY, Stopwatch
 
 FAREWELL_SECS = 2.0
 """How long a carrier may take to close after it was told to end, and a service to take its last messages."""
@@ -50,6 +54,8 @@ class House:
     """By provider's name and call id: the one stream of a call that the service can speak on."""
     service_lost: dict[tuple[str, str], None] = field(default_factory=dict)
     """Calls, by provider's name and call id, whose last stream ended because of its service; the oldest first."""
+    totals: Totals = field(default_factory=Totals)
+    """Of the streams that have ended, and of whatever belongs to no stream."""
 
 
 class Stream:
@@ -80,6 +86,11 @@ class Stream:
         self._links: list[Link] = []
         self._began = self._loop.time()
         self._armed = float("inf")
+        self._lead_ms = codec.limits.lead_ms
+        self._stopwatch = Stopwatch()
+        self._timed_frame = EVERY  # the carrier's frames from this number on are timed
+        self._untimed = EVERY  # commands until the next one is timed
+        self.route: str | None = None
         self._channel = house.bus.channel(self.session_id)
         self.subscription: Subscription
         self.start: Start
@@ -117,10 +128,27 @@ class Stream:
         self.session.end(reason, self._loop.time())
         self._wake.set()
 
+    def figures(self) -> Figures:
+        """How it fares."""
+        return measure(
+            self.provider,
+            self.session,
+            self._links,
+            self.subscription if self._links else None,
+            self._stopwatch,
+            entered=self._entered,
+            began=self._began,
+            now=self._loop.time(),
+        )
+
     # --- the line that links see ---
 
     def perform(self, command: Command) -> None:
-        self.session.perform(command, self._loop.time())
+        if self._untimed and type(command) is not Clear:
+            self._untimed -= 1
+            self.session.perform(command, self._loop.time())
+        else:
+            self._perform_timed(command)
         self._wake.set()
 
     def pending(self) -> tuple[int, tuple[str, ...]]:
@@ -148,7 +176,10 @@ class Stream:
             async for message in self._socket:
                 if not _is_frame(message):
                     return
-                session.receive(message.data, loop.time())
+                if session.frames_in < self._timed_frame:
+                    session.receive(message.data, loop.time())
+                else:
+                    self._receive_timed(message.data)
                 if session.over:
                     self._wake.set()
         except ConnectionError:
@@ -170,6 +201,7 @@ class Stream:
         refusal = self._house.door.enter(self.provider, self._admitted, start, self._loop.time())
         if refusal is not None:
             self.log.warning("stream_refused", reason=refusal)
+            self._house.totals.refuse(self.provider, refusal)
             self.session.close_code = aiohttp.WSCloseCode.POLICY_VIOLATION
             self._loop.call_soon(self.end, StopReason.PROTOCOL_ERROR)
             return
@@ -177,8 +209,8 @@ class Stream:
         self._replace(start)
         settings = self._house.settings
         route = self._route(start)
-        label = route.label if route is not None else None
-        self.log.info("stream_started", stream_id=start.stream_id, media_format=str(start.media_format), route=label)
+        self.route = route.label if route is not None else None
+        self.log.info("stream_started", stream_id=start.stream_id, media_format=str(start.media_format), route=self.route)
         if route is None:
             self.log.warning("no_route", caller=start.caller, called=start.called)
             self._loop.call_soon(self.end, StopReason.SERVICE_LOST)
@@ -247,6 +279,8 @@ class Stream:
                 frame = session.next_frame(loop.time())
                 if frame is not None:
                     await (self._socket.send_str(frame) if isinstance(frame, str) else self._socket.send_bytes(frame))
+                    if self._stopwatch.running:
+                        self._sent()
                     continue
                 if session.over:
                     break
@@ -263,6 +297,42 @@ class Stream:
         except ConnectionError:
             pass  # the reader sees the same and ends the stream
 
+    # --- how long it takes: one frame of EVERY, and each clear ---
+
+    def _receive_timed(self, frame: str | bytes) -> None:
+        """Take a frame like any other, and see when its audio has left for the service."""
+        at, session = monotonic(), self.session
+        before = self.subscription.offered_bytes if self._links else 0
+        session.receive(frame, self._loop.time())
+        self._timed_frame = session.frames_in + EVERY
+        if self._links:
+            offered = self.subscription.offered_bytes
+            if offered > before:
+                self._stopwatch.hear(at, offered)
+            self._loop.call_soon(self._heard)  # the link, woken by the same frame, has its turn before this
+
+    def _heard(self) -> None:
+        held = self.subscription.audio_bytes + self._links[-1].held_bytes
+        if not self._stopwatch.heard(monotonic(), self.subscription.offered_bytes, held):
+            self._timed_frame = 0  # look again with the next frame
+
+    def _perform_timed(self, command: Command) -> None:
+        at, now, session = monotonic(), self._loop.time(), self.session
+        session.perform(command, now)
+        self._untimed = EVERY - 1
+        playout = session.playout
+        if playout is None or session.over:
+            return
+        if type(command) is Clear and session.waiting:
+            self._stopwatch.cut(at)
+        elif type(command) is Audio and playout.queued_bytes <= len(command.payload) and playout.ahead_ms(now) < self._lead_ms:
+            self._stopwatch.say(at, playout.totals(now)[0])  # live: what waits behind other audio, or for its time, is not late
+
+    def _sent(self) -> None:
+        session, playout = self.session, self.session.playout
+        queued, held = (playout.totals(self._loop.time())[0], playout.queued_bytes) if playout is not None else (0, 0)
+        self._stopwatch.left(monotonic(), queued, held, told=not session.waiting)
+
     # --- for the operator ---
 
     def _note(self, what: str, values: dict[str, object]) -> None:
@@ -270,35 +340,9 @@ class Stream:
 
     def _summarize(self) -> None:
         """The one canonical line of a stream."""
-        session, now = self.session, self._loop.time()
-        playout = session.playout
-        queued, played, cleared, lost = playout.totals(now) if playout is not None else (0, 0, 0, 0)
-        start = session.start
-        sample_bytes = start.media_format.sample_bytes if start is not None and start.media_format is not None else 1
-        received = self.subscription.offered_bytes if self._links else session.received_bytes
-        forwarded = sum(link.forwarded_bytes for link in self._links)
-        self.log.info(
-            "stream_ended",
-            reason=session.stop.reason if session.stop is not None else None,
-            close_code=self._socket.close_code,
-            duration_secs=round(now - self._began, 3),
-            frames_in=session.frames_in,
-            frames_out=session.frames_out,
-            bad_frames=dict(session.bad),
-            unknown_frames=dict(session.unknown),
-            gap_ms=session.gap_ms,
-            faults=dict(session.faults),
-            checkpoints={str(outcome): count for outcome, count in session.outcomes.items()},
-            received_samples=received // sample_bytes,
-            forwarded_samples=forwarded // sample_bytes,
-            dropped_samples=(received - forwarded) // sample_bytes,
-            queued_samples=queued // sample_bytes,
-            played_samples=played // sample_bytes,
-            cleared_samples=cleared // sample_bytes,
-            lost_samples=lost // sample_bytes,
-            underruns=playout.underruns if playout is not None else 0,
-            refused_samples=playout.refused // sample_bytes if playout is not None else 0,
-        )
+        figures = self.figures()
+        self._house.totals.end(figures)
+        self.log.info("stream_ended", **figures.line(), route=self.route, close_code=self._socket.close_code)
 
 
 Named = tuple[str, Service]
@@ -314,7 +358,7 @@ def _link(group: list[Named], stream: Stream, route: Route) -> Link:
     service = group[0][1]
     match service:
         case EchoService():
-            return EchoLink(service, stream)
+            return EchoLink(group[0][0], service, stream)
         case WebsocketService():
             several = [(name, each) for name, each in group if isinstance(each, WebsocketService)]
             return WebsocketLink(several, stream, on_lost=route.on_lost)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 from structlog.typing import FilteringBoundLogger
 
+from gateway.buckets import Buckets
 from gateway.bus import Subscription
 from gateway.errors import RemoteError
 from gateway.events import Command, Start
@@ -47,12 +50,39 @@ class Line(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class LinkFigures:
+    """How a link fares. `service` has the call, or is tried for it."""
+
+    service: str
+    state: Literal["dialling", "serving", "away"]
+    took_at: float | None = None
+    """The event loop's time when a service first took the call."""
+    unsent_bytes: int = 0
+    """Caller audio, in bytes of the carrier's format, that was taken and has never been sent."""
+    lag_ms: float = 0.0
+    """Caller audio that the service is behind."""
+    losses: Mapping[str, int] = field(default_factory=dict)
+    """How often each service went away in mid-call."""
+    outages: Mapping[str, Buckets] = field(default_factory=dict)
+    """How long each service was away, in seconds, when it came back."""
+
+
 class Link(Protocol):
     """One stream's connection to one service."""
 
     @property
     def forwarded_bytes(self) -> int:
         """Caller audio that reached the service, in bytes of the carrier's format."""
+        ...
+
+    @property
+    def held_bytes(self) -> int:
+        """Caller audio that was taken from the subscription and has not left yet, likewise; quickly answered."""
+        ...
+
+    def figures(self) -> LinkFigures:
+        """How it fares, for the operator."""
         ...
 
     async def run(self) -> None:

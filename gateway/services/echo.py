@@ -6,20 +6,31 @@ checkpoint named after it.
 
 from __future__ import annotations
 
+import asyncio
+
 from gateway.events import After, Audio, Checkpoint, Clear, Dtmf, Event, Say, Start, Stop, Transcript
-from gateway.services import Line
+from gateway.services import Line, LinkFigures
 from gateway.settings import EchoService
 
 
 class EchoLink:
     """Echo for one stream."""
 
-    def __init__(self, service: EchoService, line: Line) -> None:
+    held_bytes = 0
+    """See `Link`."""
+
+    def __init__(self, name: str, service: EchoService, line: Line) -> None:
+        self._name = name
+        self._took_at = asyncio.get_running_loop().time()
         self._delay_ms = service.delay_ms
         self._line = line
         self._media_format = line.start.media_format
         self._keys = 0
         self.forwarded_bytes = 0
+
+    def figures(self) -> LinkFigures:
+        """See `Link`."""
+        return LinkFigures(self._name, "serving", self._took_at)
 
     async def run(self) -> None:
         while True:

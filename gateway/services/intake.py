@@ -34,7 +34,18 @@ class Intake:
         self._converter = Converter(source or target, target)
         self._reframer = Reframer(target.bytes_for(frame_ms))
         self._share = (source or target).bytes_for(frame_ms)
+        self._frame_bytes = target.bytes_for(frame_ms)
         self._pending = 0  # bytes of the carrier's audio that no frame stands for yet
+
+    @property
+    def held_bytes(self) -> int:
+        """The carrier's bytes that have not left; what is sent again after a loss counts too."""
+        return self._pending + self.ring.waiting_bytes * self._share // self._frame_bytes
+
+    @property
+    def unsent_bytes(self) -> int:
+        """The carrier's bytes that have never been sent: exact, and counted each time."""
+        return self._pending + self.ring.unsent_heard
 
     def take(self, event: Event, now: float) -> None:
         """Put one event of the stream into the ring."""

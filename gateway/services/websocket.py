@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,9 +13,10 @@ from aiohttp import WebSocketError, WSMessage, WSMsgType
 from msgspec import UNSET
 
 from gateway.audio import Converter
+from gateway.buckets import WAIT_SECS, Buckets
 from gateway.errors import MalformedFrame
 from gateway.events import COMMAND_NAMES, Account, After, Audio, Checkpoint, Clear, Command, Stop
-from gateway.services import Line, ServiceLost
+from gateway.services import Line, LinkFigures, ServiceLost
 from gateway.services.dialler import LARGEST_MESSAGE, ServiceSocket, Unreachable
 from gateway.services.framed import HEADER_BYTES, SUBPROTOCOL_FRAMED, Flags, Header, Numbers, pack, unpack
 from gateway.services.intake import Intake
@@ -130,6 +132,9 @@ class WebsocketLink:
         self._slow = False
         self._full = False
         self._stopped = False
+        self._took_at: float | None = None
+        self._losses: Counter[str] = Counter()
+        self._outages: dict[str, Buckets] = {}
         self.faults = 0
         """Mistakes of the service, told or not."""
 
@@ -137,6 +142,23 @@ class WebsocketLink:
     def forwarded_bytes(self) -> int:
         """See `Link`."""
         return self._intake.ring.forwarded if self._intake is not None else 0
+
+    @property
+    def held_bytes(self) -> int:
+        """See `Link`."""
+        return self._intake.held_bytes if self._intake is not None else 0
+
+    def figures(self) -> LinkFigures:
+        """See `Link`."""
+        connection, lag_ms = self._connection, 0.0
+        serving = connection is not None and connection.established
+        if self._intake is not None and self._line.start.media_format is not None:
+            ring = self._intake.ring
+            behind = ring.unacked_bytes if connection is None or connection.framed else ring.waiting_bytes + connection.level
+            lag_ms = self._service.media_format.duration_ms(behind)
+        state: Literal["serving", "away", "dialling"] = "serving" if serving else "away" if self._begun else "dialling"
+        unsent = self._intake.unsent_bytes if self._intake is not None else 0
+        return LinkFigures(self._name, state, self._took_at, unsent, lag_ms, self._losses, self._outages)
 
     async def run(self) -> None:
         """See `Link.run`. Events wait in the subscription until a service has taken the call, from then on in the ring."""
@@ -306,7 +328,10 @@ class WebsocketLink:
             if connection.replays:
                 connection.replay_seq, connection.replay_number = ring.next_seq, ring.next_number
             replay = ring.waiting_bytes
+        if self._took_at is None:
+            self._took_at = now
         if self._begun:
+            self._outages.setdefault(self._name, Buckets(WAIT_SECS)).add(away)
             self._line.log.info(
                 "service_back",
                 service=self._name,
@@ -334,6 +359,7 @@ class WebsocketLink:
             self._ring.rewind()
         else:
             self._round = []
+        self._losses[self._name] += 1
         self._line.log.warning("service_away", service=self._name, error=ended.why)
         if not connection.framed and self._line.start.media_format is not None and (tail := self._downward.flush()):
             self._line.perform(Audio(tail))

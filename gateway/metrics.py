@@ -1,0 +1,301 @@
+"""Metrics in Prometheus' format. Nothing is kept per frame: streams count in plain integers, and a scrape adds them up.
+
+Labels are names out of the configuration and constant words of ours; never a call, a number, or whatever a peer makes up.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from gateway import __version__
+from gateway.buckets import DURATION_SECS, LATENCY_SECS, WAIT_SECS, Buckets
+from gateway.figures import Figures
+from gateway.watchdog import LAG_SECS, Watchdog
+
+MOST_SERIES = 200
+"""Of one metric; what comes beyond them is summed up in one more, whose last label is `other`."""
+
+AUTH = frozenset({"signature", "token", "token_used", "other_call"})
+"""Refusals of whoever could not prove who they are."""
+
+Labels = tuple[str, ...]
+
+
+class Family(NamedTuple):
+    """A metric: what it counts, and by which labels."""
+
+    help: str
+    labels: Labels = ()
+
+
+class Spread(NamedTuple):
+    """The same of a histogram, and its bounds."""
+
+    bounds: tuple[float, ...]
+    help: str
+    labels: Labels = ()
+
+
+COUNTERS = {
+    "telephony_calls": Family("Streams that were let in and have ended, by how", ("provider", "result")),
+    "telephony_unstarted": Family("Connections that were let in and never sent a start frame", ("provider",)),
+    "telephony_frames": Family("WebSocket messages from (in) and to (out) carriers", ("provider", "direction")),
+    "telephony_bad_frames": Family("Frames that could not be read or used, and were skipped", ("provider", "reason")),
+    "telephony_unknown_frames": Family("Well-formed frames of a kind that the codec does not know", ("provider",)),
+    "telephony_gap_seconds": Family("Audio that the carrier's timestamps left out", ("provider",)),
+    "telephony_dropped_seconds": Family("Callers' audio that no service got and none will get", ("provider",)),
+    "telephony_playout_refused_seconds": Family("Services' audio that found the playout queue full", ("provider",)),
+    "telephony_underruns": Family("Holes in what was meant to be played as one piece", ("provider",)),
+    "telephony_checkpoints": Family("Checkpoints, by what became of the audio before them", ("provider", "outcome")),
+    "telephony_faults": Family("Refusals that services were told of, the carriers' own among them", ("provider", "code")),
+    "telephony_service_losses": Family("Connections to services that were lost in mid-call", ("service",)),
+    "telephony_refusals": Family("Calls and connections that were not let in for want of room", ("provider", "reason")),
+    "telephony_auth_failures": Family("Requests without a good signature, token or password", ("provider", "reason")),
+}
+"""Their names as Prometheus has them end in `_total`."""
+
+HISTOGRAMS = {
+    "telephony_call_seconds": Spread(DURATION_SECS, "How long calls' streams lasted", ("provider",)),
+    "telephony_call_setup_seconds": Spread(WAIT_SECS, "From a carrier's connection until a service took it", ("provider",)),
+    "telephony_added_latency_seconds": Spread(
+        LATENCY_SECS,
+        "From socket to socket, of one frame in eleven: callers' audio (to_service), services' live audio (to_caller)",
+        ("provider", "direction"),
+    ),
+    "telephony_time_to_silence_seconds": Spread(LATENCY_SECS, "From a clear until the carrier was told", ("provider",)),
+    "telephony_service_recovery_seconds": Spread(WAIT_SECS, "How long services were away that came back", ("service",)),
+}
+
+GAUGES = {
+    "telephony_build_info": Family("Which version this is; always 1", ("version", "python")),
+    "telephony_calls_active": Family("Streams that were let in and have not ended", ("provider",)),
+    "telephony_call_slots": Family("Calls that count against the limit: active ones, and those whose stream is due"),
+    "telephony_call_slots_limit": Family("max_calls"),
+    "telephony_connections_pending": Family("Carriers' connections that have not sent their start frame"),
+    "telephony_service_calls": Family("Calls by the service that has them, or is to have them", ("service", "state")),
+    "telephony_service_lag_max_seconds": Family(
+        "Callers' audio that a service is behind, of the call that is most", ("service",)
+    ),
+    "telephony_playout_queued_seconds": Family("Audio that waits to be played, over all calls", ("provider",)),
+    "telephony_playout_queued_max_seconds": Family("The same, of the call that has most", ("provider",)),
+    "telephony_draining": Family("1 while the process ends its calls and takes no new ones"),
+    "telephony_tls_expiry_timestamp_seconds": Family("When our own certificate expires, in seconds since 1970"),
+    "telephony_event_loop_lag_worst_seconds": Family("The event loop's greatest lag within ten seconds"),
+}
+
+WATCHDOG_LAG = (
+    "telephony_event_loop_lag_seconds",
+    Spread(LAG_SECS, "How late the event loop was, looked at twenty times a second"),
+)
+WATCHDOG_BLOCKED = "telephony_event_loop_blocked", Family("How often the event loop was late by more than 100 ms")
+
+
+class Sums:
+    """Counters and histograms by name and labels."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, Counter[Labels]] = {name: Counter() for name in COUNTERS}
+        self.spreads: dict[str, dict[Labels, Buckets]] = {name: {} for name in HISTOGRAMS}
+        self.gauges: dict[str, dict[Labels, float]] = {name: {} for name in GAUGES}
+
+    def count(self, name: str, *labels: str, by: float = 1) -> None:
+        counter = self.counts[name]
+        counter[_capped(labels, counter)] += by  # type: ignore[assignment]  # a Counter of floats is one too
+
+    def spread(self, name: str, *labels: str, by: Buckets) -> None:
+        known = self.spreads[name]
+        known.setdefault(_capped(labels, known), Buckets(by.bounds)).merge(by)
+
+    def raise_(self, name: str, *labels: str, by: float, most: bool = False) -> None:
+        """A gauge by so much, or with `most` to so much unless it is higher already."""
+        gauge = self.gauges[name]
+        labels = _capped(labels, gauge)
+        before = gauge.get(labels, 0.0)
+        gauge[labels] = max(before, by) if most else before + by
+
+    def copy(self) -> Sums:
+        twin = Sums()
+        for name, counter in self.counts.items():
+            twin.counts[name] = Counter(counter)
+        for name, spreads in self.spreads.items():
+            for labels, buckets in spreads.items():
+                twin.spread(name, *labels, by=buckets)
+        return twin
+
+    def stream(self, figures: Figures) -> None:
+        """What a stream, live or ended, has counted."""
+        name, rate = figures.provider, figures.sample_rate
+        self.count("telephony_frames", name, "in", by=figures.frames_in)
+        self.count("telephony_frames", name, "out", by=figures.frames_out)
+        for reason, count in figures.bad.items():
+            self.count("telephony_bad_frames", name, reason, by=count)
+        if figures.unknown:
+            self.count("telephony_unknown_frames", name, by=sum(figures.unknown.values()))
+        for code, count in figures.faults.items():
+            self.count("telephony_faults", name, code, by=count)
+        for outcome, count in figures.outcomes.items():
+            self.count("telephony_checkpoints", name, outcome, by=count)
+        self.count("telephony_gap_seconds", name, by=figures.gap_ms / 1000)
+        self.count("telephony_underruns", name, by=figures.underruns)
+        if rate:
+            self.count("telephony_dropped_seconds", name, by=figures.dropped / rate)
+            self.count("telephony_playout_refused_seconds", name, by=figures.refused / rate)
+        watch = figures.stopwatch
+        self.spread("telephony_added_latency_seconds", name, "to_service", by=watch.to_service)
+        self.spread("telephony_added_latency_seconds", name, "to_caller", by=watch.to_caller)
+        self.spread("telephony_time_to_silence_seconds", name, by=watch.to_silence)
+        for link in figures.links:
+            for service, count in link.losses.items():
+                self.count("telephony_service_losses", service, by=count)
+            for service, outages in link.outages.items():
+                self.spread("telephony_service_recovery_seconds", service, by=outages)
+
+    def live(self, figures: Figures) -> None:
+        """What a stream holds at the moment."""
+        if not figures.entered:
+            return
+        name, link = figures.provider, figures.link
+        self.raise_("telephony_calls_active", name, by=1)
+        self.raise_("telephony_playout_queued_seconds", name, by=figures.queued_ms / 1000)
+        self.raise_("telephony_playout_queued_max_seconds", name, by=figures.queued_ms / 1000, most=True)
+        if link is not None:
+            self.raise_("telephony_service_calls", link.service, link.state, by=1)
+            self.raise_("telephony_service_lag_max_seconds", link.service, by=link.lag_ms / 1000, most=True)
+
+
+class Totals:
+    """Sums over the streams that have ended, and of what belongs to no stream."""
+
+    def __init__(self) -> None:
+        self.sums = Sums()
+
+    def end(self, figures: Figures) -> None:
+        """A stream has ended, and is not among the live ones any more."""
+        sums, name = self.sums, figures.provider
+        sums.stream(figures)
+        if figures.entered:
+            sums.count("telephony_calls", name, figures.reason or "unknown")
+            _add(sums, "telephony_call_seconds", name, figures.duration_secs)
+            if figures.setup_secs is not None:
+                _add(sums, "telephony_call_setup_seconds", name, figures.setup_secs)
+        elif not figures.started:
+            sums.count("telephony_unstarted", name)
+
+    def refuse(self, provider: str, reason: str) -> None:
+        """Somebody was not let in; `reason` is a constant word."""
+        self.sums.count("telephony_auth_failures" if reason in AUTH else "telephony_refusals", provider, reason)
+
+
+class Standing(NamedTuple):
+    """What the process as a whole has to say of itself. `tls_not_after`: seconds since 1970, None without TLS."""
+
+    slots: int
+    slots_limit: int
+    pending: int
+    draining: bool
+    tls_not_after: float | None
+
+
+class Metrics(Collector):
+    """One process's metrics, added up when they are asked for."""
+
+    def __init__(
+        self,
+        totals: Totals,
+        providers: Iterable[str],
+        streams: Callable[[], Iterable[Figures]],
+        standing: Callable[[], Standing],
+        watchdog: Watchdog,
+    ) -> None:
+        self._totals = totals
+        self._providers = [*providers]
+        self._streams = streams
+        self._standing = standing
+        self._watchdog = watchdog
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+
+    def text(self, accept: str = "") -> tuple[bytes, str]:
+        """All metrics, and their content type, in the format that an `Accept` header asks for."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: registering must not collect."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        sums, standing, watchdog = self._totals.sums.copy(), self._standing(), self._watchdog
+        for name in self._providers:  # a rate needs a zero to begin with
+            for counted in ("telephony_gap_seconds", "telephony_dropped_seconds", "telephony_underruns", "telephony_unstarted"):
+                sums.count(counted, name, by=0)
+            sums.raise_("telephony_calls_active", name, by=0)
+        for figures in self._streams():
+            sums.stream(figures)
+            sums.live(figures)
+        sums.raise_("telephony_build_info", __version__, platform.python_version(), by=1)
+        sums.raise_("telephony_call_slots", by=standing.slots)
+        sums.raise_("telephony_call_slots_limit", by=standing.slots_limit)
+        sums.raise_("telephony_connections_pending", by=standing.pending)
+        sums.raise_("telephony_draining", by=standing.draining)
+        sums.raise_("telephony_event_loop_lag_worst_seconds", by=watchdog.worst())
+        if standing.tls_not_after is not None:
+            sums.raise_("telephony_tls_expiry_timestamp_seconds", by=standing.tls_not_after)
+        for name, family in COUNTERS.items():
+            yield _counter(name, family, sums.counts[name])
+        for name, spread in HISTOGRAMS.items():
+            yield _histogram(name, spread, sums.spreads[name])
+        for name, family in GAUGES.items():
+            gauge = GaugeMetricFamily(name, family.help, labels=family.labels)
+            for labels, value in sums.gauges[name].items():
+                gauge.add_metric(labels, value)
+            yield gauge
+        yield _histogram(*WATCHDOG_LAG, {(): watchdog.lag})
+        yield _counter(*WATCHDOG_BLOCKED, {(): watchdog.blocked})
+
+
+def names() -> set[str]:
+    """Every name that a query may use, but for those of the process itself (`process_…`)."""
+    lag, blocked = WATCHDOG_LAG[0], WATCHDOG_BLOCKED[0]
+    spread = {f"{name}_{part}" for name in (*HISTOGRAMS, lag) for part in ("bucket", "count", "sum")}
+    return {*GAUGES, *spread, *(f"{name}_total" for name in (*COUNTERS, blocked))}
+
+
+def _add(sums: Sums, name: str, provider: str, value: float) -> None:
+    buckets = Buckets(HISTOGRAMS[name].bounds)
+    buckets.add(value)
+    sums.spread(name, provider, by=buckets)
+
+
+def _counter(name: str, family: Family, values: Mapping[Labels, float]) -> Metric:
+    counter = CounterMetricFamily(name, family.help, labels=family.labels)
+    for labels, value in values.items():
+        counter.add_metric(labels, value)
+    return counter
+
+
+def _histogram(name: str, family: Spread, values: Mapping[Labels, Buckets]) -> Metric:
+    histogram = HistogramMetricFamily(name, family.help, labels=family.labels)
+    for labels, buckets in values.items():
+        cumulative, below = [], 0
+        for bound, count in zip((*buckets.bounds, float("inf")), buckets.counts, strict=True):
+            below += count
+            cumulative.append((floatToGoString(bound), below))  # type: ignore[no-untyped-call]
+        histogram.add_metric(labels, cumulative, buckets.sum)
+    return histogram
+
+
+def _capped(labels: Labels, known: Mapping[Labels, object]) -> Labels:
+    if not labels or labels in known or len(known) < MOST_SERIES:
+        return labels
+    return (*labels[:-1], "other")
