@@ -125,11 +125,6 @@ class Session:
         """Frames that could be sent at once; audio that waits for its time is in `playout`."""
         return len(self._frames)
 
-    @property
-    def waiting(self) -> int:
-        """Frames that could be sent at once; audio that waits for its time is in `playout`."""
-        return len(self._frames)
-
     # --- from the carrier ---
 
     def receive(self, frame: str | bytes, now: float) -> None:

@@ -279,11 +279,6 @@ class Ring:
         return sum(entry.heard for entry in self._waiting if isinstance(entry, Frame) and not entry.sent)
 
     @property
-    def unsent_heard(self) -> int:
-        """The carrier's bytes in frames that have never been sent."""
-        return sum(entry.heard for entry in self._waiting if isinstance(entry, Frame) and not entry.sent)
-
-    @property
     def waiting_bytes(self) -> int:
         """Bytes of audio that have not been sent."""
         return self.audio_bytes - self._kept_bytes
