@@ -38,19 +38,24 @@ class Admission:
     ) -> None:
         self.refused: Counter[Refusal] = Counter()
         """How often each refusal was given."""
-        self._max_calls = max_calls
-        self._rate = max_calls_per_second
-        self._burst = max(1.0, max_calls_per_second)
-        self._max_pending_per_address = max_pending_per_address
-        self._max_pending = max(2 * max_calls, max_pending_per_address)
+        self._tokens = float("inf")
+        self.limit(max_calls, max_calls_per_second, max_pending_per_address)
         self._reserve_secs = reserve_secs
-        self._tokens = self._burst
         self._filled = 0.0
         self._reserved: dict[str, float] = {}  # call id → when the slot is free again, soonest first
         self._active: dict[str, int] = {}  # call id → its streams
         self._renewed: set[str] = set()  # active calls whose carrier has asked again
         self._pending: dict[str, int] = {}  # neighbourhood → its connections
         self._pending_total = 0
+
+    def limit(self, max_calls: int, max_calls_per_second: float, max_pending_per_address: int) -> None:
+        """Other limits from now on. Whoever is in stays in, also above them."""
+        self._max_calls = max_calls
+        self._rate = max_calls_per_second
+        self._burst = max(1.0, max_calls_per_second)
+        self._tokens = min(self._tokens, self._burst)
+        self._max_pending_per_address = max_pending_per_address
+        self._max_pending = max(2 * max_calls, max_pending_per_address)
 
     @property
     def calls(self) -> int:

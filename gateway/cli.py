@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlencode
@@ -25,6 +26,7 @@ from gateway.callreport import CallReport
 from gateway.errors import ConfigError
 from gateway.events import COMMAND_NAMES, Command, Event, Message
 from gateway.provider import Provider, SignedRequest
+from gateway.reload import Reload, load_providers
 from gateway.server import Server
 from gateway.settings import Settings, host_port
 
@@ -59,14 +61,14 @@ def main() -> None:
 @main.command()
 @click.option("--config", "-c", "path", required=True, type=click.Path(path_type=Path), help="The YAML configuration.")
 def serve(path: Path) -> None:
-    """Run the gateway until SIGTERM or Ctrl-C. SIGHUP takes a renewed TLS certificate, as does its file's change.
+    """Run the gateway until SIGTERM or Ctrl-C. SIGHUP reads FILE again, for new calls; one with mistakes is refused.
 
     \b
     Try it without an account:  telephony-gateway serve --config config/gateway.dev.yaml
     """
     settings = _settings(path)
     logs.configure(level=settings.log_level)
-    sys.exit(run(_serve(settings)))
+    sys.exit(run(_serve(settings, path)))
 
 
 @main.command()
@@ -414,16 +416,17 @@ def run(main_coroutine: Coroutine[Any, Any, Result]) -> Result:
 
 def make_server(settings: Settings) -> Server:
     """A server with its providers loaded."""
-    return Server(settings, {name: providers.load(entry.kind)(entry.config) for name, entry in settings.providers.items()})
+    return Server(settings, load_providers(settings))
 
 
-async def _serve(settings: Settings) -> int:
+async def _serve(settings: Settings, path: Path) -> int:
     server = make_server(settings)
-    stop = asyncio.Event()
+    reload = Reload(path, server)
+    stop, again = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, server.reload)
+    loop.add_signal_handler(signal.SIGHUP, again.set)
     try:
         await server.start()
     except ConfigError as error:
@@ -432,10 +435,22 @@ async def _serve(settings: Settings) -> int:
     except OSError as error:
         click.echo(f"can't listen on {settings.listen}: {error.strerror or error}", err=True)
         return 1
-    await stop.wait()
+    async with asyncio.TaskGroup() as tasks:
+        reloading = tasks.create_task(_reload_when(again, reload))
+        await stop.wait()
+        reloading.cancel()
     structlog.get_logger("gateway").info("stopping", live_streams=len(server.streams))
     await server.stop()
     return 0
+
+
+async def _reload_when(again: asyncio.Event, reload: Reload) -> None:
+    """Forever: one reload for however many signals came while the last one was done."""
+    while True:
+        await again.wait()
+        again.clear()
+        with suppress(ConfigError):  # it is in the log
+            await reload()
 
 
 def _settings(path: Path) -> Settings:

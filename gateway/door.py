@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -56,6 +57,16 @@ class Door:
         self._forwarded_unbelieved = False
         if self._ledger.problem:
             log.warning("tokens_not_shared", problem=self._ledger.problem)
+
+    def renewed(self, settings: Settings, providers: Mapping[str, Provider]) -> Door:
+        """A door for the calls to come, which shares with this one all that both must know: tokens, slots. The secret stays."""
+        door = copy.copy(self)
+        door._settings = settings
+        door._providers = providers
+        door._trusted = networks(settings.trusted_proxies)
+        door._forwarded_unbelieved = False
+        self.admission.limit(settings.max_calls, settings.max_calls_per_second, settings.max_pending_per_address)
+        return door
 
     def address(self, peer: str | None, forwarded_for: str, now: float) -> str:
         """Whose connection it is: the peer, or what a trusted proxy says of it in all its X-Forwarded-For, joined by commas."""

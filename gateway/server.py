@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import aiohttp
 import structlog
@@ -25,6 +26,7 @@ from gateway.services.dialler import Dialler
 from gateway.settings import Settings, host_port
 from gateway.stream import FAREWELL_SECS, House, Stream
 from gateway.tls import CHECK_SECS, Certificate
+from gateway.tokens import LEEWAY_SECS, LIFETIME_SECS
 
 LARGEST_FRAME = 64 * 1024
 """Bytes of one frame or webhook body from a carrier; the largest legitimate frame is a start with many parameters."""
@@ -41,7 +43,17 @@ LINGER_SECS = 1.0
 BACKLOG = 1024
 """Connections that the system accepts for us while we are busy."""
 
+REMEMBERED_PROVIDERS = 64
+"""Providers that reloads have taken away, remembered for what their last calls still ask."""
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Rules(NamedTuple):
+    """What a call goes by, from its webhook to its end, whatever is reloaded meanwhile."""
+
+    house: House
+    providers: Mapping[str, Provider]
 
 
 class Server:
@@ -58,6 +70,10 @@ class Server:
         self._listener: asyncio.Server | None = None
         self._certificate: Certificate | None = None
         self._next_check: asyncio.TimerHandle | None = None
+        self._announced: dict[tuple[str, str], tuple[float, Rules]] = {}
+        """By provider's name and call id: calls that were answered, until when their stream may come; the oldest first."""
+        self._former: dict[str, Rules] = {}
+        """Providers that were taken away, by name, and what they went by last."""
 
     @property
     def streams(self) -> dict[str, Stream]:
@@ -114,10 +130,27 @@ class Server:
         self._log.info("listening", address=f"{host}:{self.port}", scheme=scheme, providers=[*self.providers])
         return self.port
 
-    def reload(self) -> None:
-        """Take a new certificate now; calls go on. What can't be used is logged, and the old one stays."""
+    def reload(self, settings: Settings | None = None, providers: Mapping[str, Provider] | None = None) -> None:
+        """New calls go by this from now on, all of it at once; calls that were answered keep what they were answered by.
+
+        Whoever calls has checked it, and that nothing in it takes a restart (`gateway.reload` does). Without `settings` there is
+        only a new certificate to take; one that can't be used is logged, and the old one stays.
+        """
+        if settings is not None and providers is not None:
+            old = self._rules
+            for name in providers:
+                self._former.pop(name, None)
+            self._former |= {name: old for name in self.providers if name not in providers}
+            for name in [*self._former][:-REMEMBERED_PROVIDERS]:
+                del self._former[name]
+            # Streams hold on to their house; what both houses must know of calls is one and the same object.
+            self.house = replace(self.house, settings=settings, door=self.house.door.renewed(settings, providers))
+            self.settings, self.providers = settings, providers
         if self._certificate is not None:
-            self._certificate.check(force=True)
+            if self.settings.tls is not None:
+                self._certificate.use(self.settings.tls)
+            else:
+                self._certificate.check(force=True)
 
     async def stop(self) -> None:
         """Stop listening; end every live stream properly."""
@@ -142,13 +175,17 @@ class Server:
 
     async def _answer(self, request: web.Request) -> web.Response:
         """The carrier asks what to do with a call."""
-        name, provider, signed, call = await self._webhook(request)
-        route = match(self.settings.routes, provider=name, called=call.called, caller=call.caller)
+        name = request.match_info["provider"]
+        if name not in self.providers:
+            raise web.HTTPNotFound(text="")
+        rules, provider, signed, call = await self._webhook(request)
+        route = match(rules.house.settings.routes, provider=name, called=call.called, caller=call.caller)
         label = route.label if route is not None else ""
         try:
-            token = self.house.door.announce(name, call, label, self._now())
+            token = rules.house.door.announce(name, call, label, self._now())
         except Refused:
             return _xml(provider.overflow())
+        self._remember(name, call.call_id, rules)
         scheme, _, rest = self.settings.base_url(self.port).partition("://")
         base = f"{rest}/{name}"
         stream_url = f"{'wss' if scheme == 'https' else 'ws'}://{base}/stream/{token}"
@@ -160,39 +197,46 @@ class Server:
 
     async def _action(self, request: web.Request) -> web.Response:
         """The carrier asks what comes after a stream."""
-        name, provider, signed, call = await self._webhook(request)
-        lost = (name, call.call_id) in self.house.service_lost
+        _, provider, signed, call = await self._webhook(request)
+        lost = (request.match_info["provider"], call.call_id) in self.house.service_lost
         return _xml(provider.gone(signed) if lost else provider.after(signed))
 
     async def _status(self, request: web.Request) -> web.Response:
         """The carrier tells how a stream fares. Never needed to end one: it may come late, twice or not at all."""
-        name, provider, signed, _ = await self._webhook(request)
-        status = provider.status(signed)
+        _, provider, signed, _ = await self._webhook(request)
+        name, status = request.match_info["provider"], provider.status(signed)
         self._log.info(
             "carrier_status", provider=name, call_id=status.call_id, stream_id=status.stream_id, status=status.event,
             reason=status.reason,
         )  # fmt: skip
         return web.Response(status=204)
 
-    async def _webhook(self, request: web.Request) -> tuple[str, Provider, SignedRequest, Call]:
-        name, provider = self._provider(request)
+    async def _webhook(self, request: web.Request) -> tuple[Rules, Provider, SignedRequest, Call]:
+        name, rules = self._rules_of(request)
         try:
             async with asyncio.timeout(BODY_SECS):
                 signed = self._signed(request, await request.read())
         except TimeoutError:
             raise web.HTTPRequestTimeout from None
-        self.house.door.authenticate(name, signed, self._now())
-        return name, provider, signed, provider.call(signed)
+        rules.house.door.authenticate(name, signed, self._now())
+        provider = rules.providers[name]
+        return rules, provider, signed, provider.call(signed)
 
     # --- streams ---
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         """The carrier connects a stream."""
-        name, provider = self._provider(request)
+        name, rules = self._rules_of(request)
         if request.headers.get("Upgrade", "").lower() != "websocket":
             return web.Response(text="a carrier's WebSocket connects here\n")  # load balancers ask like this
-        door, now = self.house.door, self._now()
-        ticket = door.ticket(name, request.match_info.get("token", ""), now)  # first, for nothing refuses at a lower price
+        now = self._now()
+        # First the ticket, for nothing refuses at a lower price.
+        ticket = rules.house.door.ticket(name, request.match_info.get("token", ""), now)
+        if ticket is not None:
+            _, rules = self._announced.get((name, ticket.call_id), (now, rules))
+        elif name not in self.providers:
+            raise web.HTTPNotFound(text="")
+        house, provider, door = rules.house, rules.providers[name], rules.house.door
         address = door.address(request.remote, ",".join(request.headers.getall("X-Forwarded-For", ())), now)
         admitted = door.knock(name, self._signed(request), ticket, address, now)
         try:
@@ -204,7 +248,7 @@ class Server:
                 timeout=FAREWELL_SECS,
             )
             await socket.prepare(request)
-            stream = Stream(self.house, name, provider.codec(), socket, admitted, self._log.bind(provider=name))
+            stream = Stream(house, name, provider.codec(), socket, admitted, self._log.bind(provider=name))
         except BaseException:
             door.leave(admitted)
             raise
@@ -229,12 +273,30 @@ class Server:
         self._log.debug("request", route=route.canonical if route is not None else None, status=response.status)
         return response
 
-    def _provider(self, request: web.Request) -> tuple[str, Provider]:
+    @property
+    def _rules(self) -> Rules:
+        """What new calls go by."""
+        return Rules(self.house, self.providers)
+
+    def _rules_of(self, request: web.Request) -> tuple[str, Rules]:
+        """The provider's name in the path and what it goes by; one that is gone answers for the calls that it had."""
         name = request.match_info["provider"]
-        provider = self.providers.get(name)
-        if provider is None:
-            raise web.HTTPNotFound(text="")
-        return name, provider
+        if name in self.providers:
+            return name, self._rules
+        if name in self._former:
+            return name, self._former[name]
+        raise web.HTTPNotFound(text="")
+
+    def _remember(self, name: str, call_id: str, rules: Rules) -> None:
+        """The stream of this call goes by what its webhook was answered by."""
+        now = self._now()
+        while self._announced:
+            oldest = next(iter(self._announced))
+            if self._announced[oldest][0] > now:
+                break
+            del self._announced[oldest]
+        self._announced.pop((name, call_id), None)
+        self._announced[name, call_id] = now + LIFETIME_SECS + LEEWAY_SECS, rules
 
     def _signed(self, request: web.Request, body: bytes = b"") -> SignedRequest:
         return SignedRequest.read(request.method, self.settings.base_url(self.port) + request.raw_path, request.headers, body)

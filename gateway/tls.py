@@ -70,6 +70,11 @@ class Certificate:
         self._warn()
         return True
 
+    def use(self, files: Tls) -> bool:
+        """Take these files from now on, at once. Returns what `check` does."""
+        self._files = files
+        return self.check(force=True)
+
     def _choose(self, connection: Any, _name: str | None, _context: ssl.SSLContext) -> None:
         """Called by each handshake, whether it names a server or not."""
         connection.context = self._current
