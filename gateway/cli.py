@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Coroutine
@@ -68,6 +69,7 @@ def serve(path: Path) -> None:
     """
     settings = _settings(path)
     logs.configure(level=settings.log_level)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # it would hold every secret
     sys.exit(run(_serve(settings, path)))
 
 

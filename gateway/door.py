@@ -102,10 +102,14 @@ class Door:
         if not token and self._settings.providers[name].auth == "none":
             return None
         try:
-            return self._tokens.read(token, name, now=time.time())
+            ticket = self._tokens.read(token, name, now=time.time())
         except TokenError as error:
             self.remarks.tell("token_refused", now, provider=name, reason=error.reason)
             raise Refused(403, "token") from None
+        if self._ledger.used(ticket.nonce, ticket.expires):
+            self.remarks.tell("token_refused", now, provider=name, reason="used")
+            raise Refused(403, "token")
+        return ticket
 
     def knock(self, name: str, request: SignedRequest, ticket: Ticket | None, address: str, now: float) -> Pass:
         """A connection asks for an upgrade. Raises Refused. Call `enter` or `leave` with what it returns, once."""

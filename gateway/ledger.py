@@ -72,6 +72,19 @@ class Ledger:
             self._sweep(now)
         return first
 
+    def used(self, nonce: bytes, expires: int) -> bool:
+        """Whether `nonce` was used anywhere on this host, as far as can be told; uses nothing up. Never raises."""
+        bucket, name = expires // _BUCKET_SECS, hmac.digest(self._key, nonce, hashlib.sha256)[:16]
+        if name in self._seen.get(bucket, ()):
+            return True
+        if self._descriptor < 0:
+            return False
+        try:
+            os.stat(f"{bucket}/{name.hex()}", dir_fd=self._descriptor, follow_symlinks=False)
+        except OSError:
+            return False
+        return True
+
     def close(self) -> None:
         """Give the directory back. Entries stay, for whoever comes after us."""
         if self._descriptor >= 0:

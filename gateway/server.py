@@ -262,8 +262,10 @@ class Server:
         """Refusals become bare status codes; what was asked is logged by its route, never by its path."""
         response: web.StreamResponse
         try:
+            if request.version < aiohttp.HttpVersion10:
+                raise web.HTTPVersionNotSupported
             response = await handler(request)
-        except Refused as refused:
+        except (Refused, web.HTTPException) as refused:
             response = web.Response(status=refused.status)
             response.force_close()  # whatever else was sent along is not read
         except MalformedFrame as error:

@@ -43,6 +43,17 @@ def test_a_nonce_is_used_once(book: Ledger) -> None:
     assert book.problem == ""
 
 
+def test_looking_uses_nothing_up(book: Ledger, place: Path) -> None:
+    other = Ledger(SECRET, directory=place)
+    assert [False, False] == [each.used(b"a", EXPIRES) for each in (book, other)]
+    assert [] == entries(place)
+    assert book.use(b"a", EXPIRES, NOW)
+    assert [True, True] == [each.used(b"a", EXPIRES) for each in (book, other)]
+    assert not other.used(b"b", EXPIRES)
+    other.close()
+    assert not other.used(b"a", EXPIRES), "nobody can be asked"
+
+
 def test_another_process_and_one_that_comes_later_know_it(book: Ledger, place: Path) -> None:
     book.use(b"a", EXPIRES, NOW)
     other = Ledger(SECRET, directory=place)

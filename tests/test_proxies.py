@@ -1,0 +1,187 @@
+"""The example files for HAProxy and nginx, run by the real programs: a signed call passes, the doctor is content."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from gateway.server import Server
+from tests.conftest import Launch
+from tests.doubles import TwilioMedia
+from tests.test_doctor import TOKEN, bad, document, examine, free_port
+from tests.test_end_to_end import MULAW, played
+from tests.test_security import answer_twilio
+from tests.test_tls import Files
+
+CONFIG = Path(__file__).parent.parent / "config"
+PROXIES = [
+    pytest.param(name, marks=pytest.mark.skipif(shutil.which(name) is None, reason=f"{name} is not installed"))
+    for name in ("haproxy", "nginx")
+]
+
+
+def put_in(text: str, **changes: str) -> str:
+    """`text` with each of these once, and nothing that is not there."""
+    for old, new in changes.items():
+        assert 1 == text.count(old), f"{old!r} is there {text.count(old)} times"
+        text = text.replace(old, new)
+    return text
+
+
+def command(name: str, files: Files, directory: Path, outer: int, inner: int) -> list[str]:
+    """The example with this machine's addresses and files in it, and how to run it."""
+    pair = {"127.0.0.1:8080": f"127.0.0.1:{inner}"}
+    path = directory / f"{name}.conf"
+    if name == "haproxy":
+        both = directory / "both.pem"
+        both.write_bytes(Path(files.tls.certificate).read_bytes() + Path(files.tls.key).read_bytes())
+        text = (CONFIG / "haproxy.cfg").read_text()
+        pair |= {"maxconn 20000": "maxconn 500", ":443": f"127.0.0.1:{outer}", "/etc/haproxy/voice.example.com.pem": str(both)}
+        path.write_text(put_in(text, **pair))
+        return ["haproxy", "-db", "-f", str(path)]
+    (directory / "temporary").mkdir()
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    places = "".join(f"{kind}_temp_path {directory}/temporary/{kind}; " for kind in kinds)
+    pair |= {
+        "listen 443": f"listen 127.0.0.1:{outer}",
+        "voice.example.com;\n        server_tokens": "localhost;\n        server_tokens",
+        "/etc/nginx/voice.example.com/fullchain.pem": files.tls.certificate,
+        "/etc/nginx/voice.example.com/privkey.pem": files.tls.key,
+        "/var/log/nginx/carriers.log": str(directory / "carriers.log"),
+        "worker_rlimit_nofile 40000;": "",
+        "worker_connections 20000;": "worker_connections 500;",
+        "http {\n": f"http {{ {places}\n",
+    }
+    path.write_text(put_in((CONFIG / "nginx.conf").read_text(), **pair))
+    user = "user root; " if os.geteuid() == 0 else ""
+    run = f"{user}daemon off; pid {directory}/nginx.pid; error_log {directory}/error.log;"
+    return ["nginx", "-p", str(directory), "-e", str(directory / "error.log"), "-c", str(path), "-g", run]
+
+
+def rewrite(path: Path, changes: dict[str, str]) -> None:
+    path.write_text(put_in(path.read_text(), **changes))
+
+
+async def run(arguments: list[str], output: Path) -> asyncio.subprocess.Process:
+    with output.open("wb") as file:
+        return await asyncio.create_subprocess_exec(*arguments, stdout=file, stderr=subprocess.STDOUT)
+
+
+def told(output: Path) -> str:
+    return output.read_text()
+
+
+@asynccontextmanager
+async def proxied(launch: Launch, name: str, files: Files, directory: Path) -> AsyncIterator[tuple[Server, str]]:
+    """A gateway behind a proxy, and its public URL."""
+    inner, outer = free_port(), free_port()
+    public = f"https://localhost:{outer}"
+    server = await launch(**document(inner, public_url=public, trusted_proxies=["127.0.0.1", "::1"]))
+    output = directory / "output"
+    process = await run(command(name, files, directory, outer, inner), output)
+    try:
+        for _ in range(100):
+            assert process.returncode is None, told(output)
+            try:
+                async with aiohttp.ClientSession() as http, http.get(f"{public}/twilio/stream", ssl=files.trust) as response:
+                    if response.status == 200:
+                        break
+            except aiohttp.ClientError:
+                pass
+            await asyncio.sleep(0.05)
+        else:
+            raise AssertionError(f"{name} does not serve: {told(output)}")
+        yield server, public
+    finally:
+        with suppress(ProcessLookupError):
+            process.terminate()
+        await process.wait()
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
+    found = Files(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(found.trusted))
+    return found
+
+
+@pytest.mark.parametrize("name", PROXIES)
+async def test_a_signed_call_passes_and_the_doctor_is_content(launch: Launch, files: Files, tmp_path: Path, name: str) -> None:
+    async with proxied(launch, name, files, tmp_path) as (server, public):
+        url = await answer_twilio(public, "CA1", ssl_context=files.trust)
+        assert url.startswith(f"wss://localhost:{public.rpartition(':')[2]}/twilio/stream/")
+        async with TwilioMedia(url, auth_token=TOKEN, call_sid="CA1") as call:
+            await call.speak(MULAW[:8000])
+            await asyncio.sleep(0.3)
+            await call.hangup()
+        assert MULAW[:8000] == played(call)
+        assert [] == call.violations
+        assert [] == bad(await examine(server.settings))
+
+
+@pytest.mark.parametrize("name", PROXIES)
+async def test_t10_the_proxy_tells_the_caller_from_its_own_address(
+    launch: Launch, files: Files, tmp_path: Path, name: str
+) -> None:
+    """Whatever somebody claims: only what the proxy itself has seen counts."""
+    async with proxied(launch, name, files, tmp_path) as (server, public):
+        seen: list[str] = []
+        door = server.house.door
+        connect = door.admission.connect
+        door.admission.connect = lambda address, now: (seen.append(address), connect(address, now))[1]  # type: ignore[method-assign]
+        url = await answer_twilio(public, "CA2", ssl_context=files.trust)
+        lies = {"X-Forwarded-For": "203.0.113.7, 127.0.0.1"}
+        async with TwilioMedia(url, auth_token=TOKEN, call_sid="CA2", headers=lies) as call:
+            await call.hangup()
+    assert ["127.0.0.1"] == seen
+
+
+@pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is not installed")
+async def test_a_dead_gateway_gets_no_calls(launch: Launch, files: Files, tmp_path: Path) -> None:
+    """Two gateways with one secret: the webhook on one, the stream on the other; one of them gone, all on the other."""
+    first, second, outer = free_port(), free_port(), free_port()
+    public = f"https://localhost:{outer}"
+    servers = [await launch(**document(port, public_url=public, trusted_proxies=["127.0.0.1"])) for port in (first, second)]
+    arguments = command("haproxy", files, tmp_path, outer, first)
+    rewrite(
+        Path(arguments[-1]),
+        {"# server gateway2 10.0.0.12:8080": f"server gateway2 127.0.0.1:{second}", "inter 2s": "inter 100ms"},
+    )
+    process = await run(arguments, tmp_path / "output")
+    try:
+        await listening(outer)
+        for number in range(4):
+            url = await answer_twilio(public, f"CA{number}", ssl_context=files.trust)
+            async with TwilioMedia(url, auth_token=TOKEN, call_sid=f"CA{number}") as call:
+                await call.speak(MULAW[:320])
+                await call.hangup()
+            assert 1000 == call.close_code
+        await servers[0].stop()
+        await asyncio.sleep(0.5)
+        for number in range(4, 8):
+            url = await answer_twilio(public, f"CA{number}", ssl_context=files.trust)
+            async with TwilioMedia(url, auth_token=TOKEN, call_sid=f"CA{number}") as call:
+                await call.hangup()
+            assert 1000 == call.close_code
+    finally:
+        with suppress(ProcessLookupError):
+            process.terminate()
+        await process.wait()
+
+
+async def listening(port: int) -> None:
+    for _ in range(100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"nobody listens on {port}")
