@@ -248,7 +248,10 @@ class Server:
                 timeout=FAREWELL_SECS,
             )
             await socket.prepare(request)
-            stream = Stream(house, name, provider.codec(), socket, admitted, self._log.bind(provider=name))
+            if request.transport is None:
+                raise ConnectionResetError("the carrier is gone already")
+            log = self._log.bind(provider=name)
+            stream = Stream(house, name, provider.codec(), socket, request.transport, admitted, log)
         except BaseException:
             door.leave(admitted)
             raise

@@ -15,7 +15,7 @@ from structlog.typing import FilteringBoundLogger
 from gateway.bus import Bus, Subscription
 from gateway.clock import Clock
 from gateway.door import Door, Pass
-from gateway.events import Audio, Checkpoint, Clear, Command, Event, Flow, Start, StopReason
+from gateway.events import Audio, BargeIn, Checkpoint, Clear, Command, Event, Flow, Speech, Spoken, Start, StopReason
 from gateway.figures import Figures, measure
 from gateway.media import Track
 from gateway.metrics import Totals
@@ -37,6 +37,14 @@ REPLACED = 4409
 
 REMEMBERED_LOSSES = 1000
 """Calls that ended because their service was lost, remembered for the carrier's next question."""
+
+
+MILESTONES = (Checkpoint, Spoken, BargeIn, Speech)
+"""Events after which a stream that was to stop when all is heard may be over."""
+
+STALLED_BYTES = 64 * 1024
+SEND_SECS = 5.0
+"""A carrier that has not taken anything for so long, with so much waiting for it, is gone."""
 
 
 @dataclass
@@ -67,6 +75,7 @@ class Stream:
         provider_name: str,
         codec: Codec,
         socket: web.WebSocketResponse,
+        transport: asyncio.Transport,
         admitted: Pass,
         log: FilteringBoundLogger,
     ) -> None:
@@ -79,6 +88,7 @@ class Stream:
         self._admitted = admitted
         self._entered = False
         self._socket = socket
+        self._transport = transport
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._tasks: asyncio.TaskGroup
@@ -125,6 +135,8 @@ class Stream:
 
     def end(self, reason: StopReason) -> None:
         """End the stream from outside; the first reason counts."""
+        if reason is StopReason.SERVICE_LOST and not self.session.over:
+            self.session.close_code = aiohttp.WSCloseCode.INTERNAL_ERROR
         self.session.end(reason, self._loop.time())
         self._wake.set()
 
@@ -166,7 +178,7 @@ class Stream:
                 async with asyncio.timeout(self._house.settings.start_timeout_secs):
                     while session.start is None and not session.over:
                         message = await self._socket.receive()
-                        if not _is_frame(message):
+                        if not self._is_frame(message):
                             return
                         session.receive(message.data, loop.time())
             except TimeoutError:
@@ -174,7 +186,7 @@ class Stream:
                 session.close_code = aiohttp.WSCloseCode.POLICY_VIOLATION
                 self.end(StopReason.TIMEOUT)
             async for message in self._socket:
-                if not _is_frame(message):
+                if not self._is_frame(message):
                     return
                 if session.frames_in < self._timed_frame:
                     session.receive(message.data, loop.time())
@@ -185,10 +197,17 @@ class Stream:
         except ConnectionError:
             pass  # a ping met a closing transport: the same as a close
 
+    def _is_frame(self, message: aiohttp.WSMessage) -> bool:
+        """Whether it is one; else the stream is over, and where the carrier broke the WebSocket protocol that is said."""
+        if message.type is aiohttp.WSMsgType.ERROR:
+            self.log.warning("broken_websocket", error=str(message.data))
+            self.end(StopReason.PROTOCOL_ERROR)
+        return message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY)
+
     def _emit(self, event: Event) -> None:
         if type(event) is Start:
             self._open(event)
-        elif type(event) is Checkpoint:
+        elif type(event) in MILESTONES:
             self._wake.set()  # a stop may have waited for it
         elif type(event) is Flow:
             self.log.info("flow", state=event.state, buffered_ms=event.buffered_ms)
@@ -278,7 +297,7 @@ class Stream:
             while True:
                 frame = session.next_frame(loop.time())
                 if frame is not None:
-                    await (self._socket.send_str(frame) if isinstance(frame, str) else self._socket.send_bytes(frame))
+                    await self._send(frame)
                     if self._stopwatch.running:
                         self._sent()
                     continue
@@ -293,9 +312,26 @@ class Stream:
             if session.farewell:
                 # The carrier was told and closes by itself; closing first would look like a failure to it.
                 await asyncio.sleep(FAREWELL_SECS)
-            await self._socket.close(code=session.close_code)
+            async with asyncio.timeout(SEND_SECS):
+                await self._socket.close(code=session.close_code)
+        except TimeoutError:
+            self._transport.abort()
         except ConnectionError:
             pass  # the reader sees the same and ends the stream
+
+    async def _send(self, frame: str | bytes) -> None:
+        """One frame to the carrier. Raises ConnectionError when the carrier takes nothing any more."""
+        sending = self._socket.send_str(frame) if isinstance(frame, str) else self._socket.send_bytes(frame)
+        if self._transport.get_write_buffer_size() < STALLED_BYTES:
+            await sending
+            return
+        try:
+            async with asyncio.timeout(SEND_SECS):
+                await sending
+        except TimeoutError:
+            self.log.warning("carrier_stalled", waiting_bytes=self._transport.get_write_buffer_size())
+            self._transport.abort()
+            raise ConnectionResetError from None
 
     # --- how long it takes: one frame of EVERY, and each clear ---
 
@@ -362,7 +398,3 @@ def _link(group: list[Named], stream: Stream, route: Route) -> Link:
         case WebsocketService():
             several = [(name, each) for name, each in group if isinstance(each, WebsocketService)]
             return WebsocketLink(several, stream, on_lost=route.on_lost)
-
-
-def _is_frame(message: aiohttp.WSMessage) -> bool:
-    return message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 from typing import Any
 
 import aiohttp
@@ -328,3 +330,70 @@ async def test_stop_after_played_follows_a_checkpoint_at_once(launch: Launch) ->
             await call.wait_closed()
     assert "played" == link.texts("checkpoint")[0]["outcome"]
     assert [] == call.violations
+
+
+async def test_a_stop_on_a_text_stream_follows_the_last_spoken_word(launch: Launch) -> None:
+    async with RecordingService() as service:
+        server = await launch(services={"agent": {"kind": "websocket", "url": service.url}})
+        async with ConversationRelay(stream_url(server, "relay"), characters_per_second=100) as call:
+            link = await service.connected()
+            await link.send(type="say", text="Good bye then.")
+            await link.send(type="stop", after="played")
+            await link.wait_for("stop", timeout=3)
+            await call.wait_closed()
+    assert "Good bye then." in call.spoken
+    assert [] == call.violations
+
+
+async def test_a_frame_too_large_is_said_in_the_log(launch: Launch, log: list[Any]) -> None:
+    server = await launch()
+    async with TwilioMedia(stream_url(server, "twilio")) as call:
+        await call.raw('{"event": "media", "x": "' + "x" * 70_000 + '"}')
+        await call.wait_closed()
+    assert 1009 == call.close_code
+    assert 1 == sum(entry["event"] == "broken_websocket" for entry in log)
+    assert ["protocol_error"] == [entry["reason"] for entry in log if entry["event"] == "stream_ended"]
+
+
+async def test_a_carrier_that_sends_but_never_reads_is_let_go(launch: Launch, log: list[Any]) -> None:
+    async with RecordingService() as service:
+        providers = {"plivo": {"kind": "plivo_audio_streaming", "auth": "none"}}
+        server = await launch(providers=providers, services={"agent": {"kind": "websocket", "url": service.url}})
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1024)
+        try:
+            sock = writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            writer.write(
+                b"GET /plivo/stream HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+            )
+            await reader.readuntil(b"\r\n\r\n")
+            start = {
+                "event": "start",
+                "start": {"callId": "c", "streamId": "s", "mediaFormat": {"encoding": "audio/x-mulaw", "sampleRate": 8000}},
+            }
+            writer.write(unmasked(json.dumps(start).encode()))
+            link = await service.connected()
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            digits = "1" * 15_000
+            for _ in range(900):
+                await link.send(type="dtmf", digits=digits)
+            await link.send(type="stop")
+            await link.wait_for("stop", timeout=15)
+            media = unmasked(
+                json.dumps({"event": "media", "streamId": "s", "media": {"track": "inbound", "payload": "/" * 216}}).encode()
+            )
+            async with asyncio.timeout(15):
+                while server.streams:
+                    with contextlib.suppress(ConnectionError):
+                        writer.write(media)
+                    await asyncio.sleep(0.02)
+        finally:
+            writer.close()
+    assert 1 == sum(entry["event"] == "carrier_stalled" for entry in log)
+
+
+def unmasked(payload: bytes) -> bytes:
+    """A WebSocket text frame of up to 64 KiB, masked with zeros."""
+    size = bytes([0x80 | len(payload)]) if len(payload) < 126 else b"\xfe" + len(payload).to_bytes(2, "big")
+    return b"\x81" + size + b"\0\0\0\0" + payload
