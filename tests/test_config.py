@@ -12,14 +12,16 @@ from typing import Any, Literal
 import msgspec
 import pytest
 import yaml
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import providers
-from gateway import config, schema, yaml_nodes
+from gateway import cli, config, schema, yaml_nodes
 from gateway.errors import ConfigError
 from gateway.media import MULAW_8K, Encoding, MediaFormat, Track
 from gateway.settings import EchoService, ProviderEntry, Route, Settings, Tls, WebsocketService
+from tests.test_tls import Files
 
 ROOT = Path(__file__).parent.parent
 SECRET = "s3cret-CANARY-value"  # never in any message
@@ -686,6 +688,43 @@ def test_the_example_loads() -> None:
     assert [] == warnings
     assert {entry.kind for entry in settings.providers.values()} == {*providers.names()}
     assert {entry.auth for entry in settings.providers.values()} == {None}
+
+
+EXAMPLES = sorted((ROOT / "config" / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_worked_examples_pass_the_strictest_check(path: Path, tmp_path: Path) -> None:
+    """Given the variables that their first lines name, and no others."""
+    text = path.read_text()
+    introduction = text.partition("\n\n")[0]
+    wanted = {*re.findall(r"\$\{(\w+)\}", text)}
+    assert wanted == {*re.findall(r"\b[A-Z]+_[A-Z_]+\b", introduction)}
+    files = Files(tmp_path)
+    environ = dict.fromkeys(wanted, LONG_SECRET) | {"TLS_CERTIFICATE": files.tls.certificate, "TLS_KEY": files.tls.key}
+
+    done = CliRunner(env=environ).invoke(cli.main, ["check", "--strict", str(path)])
+
+    assert (0, "") == (done.exit_code, done.stderr)
+    for name in wanted:
+        with pytest.raises(ConfigError, match=f"{name} is not set"):
+            config.load(path, environ={key: value for key, value in environ.items() if key != name})
+
+
+def test_each_worked_example_is_explained_and_each_webhook_in_it_named() -> None:
+    prose = README.read_text()
+    assert len(EXAMPLES) == 3
+    for path in EXAMPLES:
+        (section,) = re.findall(rf"(?s)\n### [^\n]*\(examples/{path.name}\)\n(.*?)(?=\n##)", prose)
+        settings = yaml.safe_load(path.read_text())
+        for name in settings["providers"]:
+            assert f"{settings['public_url']}/{name}/answer" in section
+
+
+def test_every_file_that_the_readme_speaks_of_is_there() -> None:
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", README.read_text()):
+        if not target.startswith("http"):
+            assert (README.parent / target).exists(), target
 
 
 def test_the_example_names_every_variable_that_it_needs() -> None:

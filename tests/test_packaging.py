@@ -1,0 +1,144 @@
+"""What ships: the wheel, the image, the systemd unit, the Kubernetes manifests; checked as far as this machine's tools go."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "config"
+
+# --- the wheel ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    directory = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(directory)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=60)
+    (path,) = directory.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_has_both_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    tracked = subprocess.run(["git", "ls-files", "gateway", "providers"], cwd=ROOT, check=True, capture_output=True, text=True)
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert {"gateway/py.typed", "providers/py.typed"} < names
+    assert any(name.startswith("gateway/speech/") and name.endswith(".wav") for name in names)
+    strays = {
+        name for name in names if not re.fullmatch(r"(gateway|providers)/[\w./-]+\.(py|typed|wav|md|yaml|json|html|css|js)", name)
+    }
+    assert not {name for name in strays if not name.endswith("py.typed")}
+    assert {*tracked.stdout.split()} <= names | {name for name in tracked.stdout.split() if not (ROOT / name).exists()}
+    assert not [name for name in names if "test" in name.lower().split("/")[0] or "__pycache__" in name]
+
+
+def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
+    inside = {name.partition(".dist-info/")[2]: wheel.read(name).decode() for name in wheel.namelist() if ".dist-info/" in name}
+    assert {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"} == {*inside}
+    assert "telephony-gateway = gateway.cli:main" in inside["entry_points.txt"]
+    assert "Root-Is-Purelib: true" in inside["WHEEL"]
+    wanted = re.findall(r"(?m)^Requires-Dist: ([\w-]+)", inside["METADATA"])
+    assert {"aiohttp", "msgspec", "numpy", "PyYAML"} < {*wanted} or {"pyyaml"} < {name.lower() for name in wanted}
+    assert not {"pytest", "twilio", "plivo", "jsonschema"} & {*wanted}
+
+
+# --- the image ------------------------------------------------------------------------------------------------------------
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Instruction and argument, one per line of the Dockerfile as Docker sees it."""
+    text = re.sub(r"(?m)^\s*#.*\n", "", (CONFIG / "Dockerfile").read_text())
+    lines = [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+    return [(word, " ".join(rest.split())) for word, _, rest in (line.partition(" ") for line in lines)]
+
+
+def test_the_image_is_built_in_two_stages_from_what_is_there() -> None:
+    found = instructions()
+    assert {word for word, _ in found} <= {
+        *("ARG", "FROM", "ENV", "WORKDIR", "COPY", "RUN", "USER", "EXPOSE", "STOPSIGNAL", "HEALTHCHECK", "ENTRYPOINT", "CMD")
+    }
+    stages = [rest for word, rest in found if word == "FROM"]
+    assert ["python:${PYTHON} AS build", "python:${PYTHON}"] == stages
+    assert ("ARG", "PYTHON=3.11-slim") == found[0]
+    admitted = (CONFIG / "Dockerfile.dockerignore").read_text().splitlines()
+    for rest in [rest for word, rest in found if word == "COPY" and not rest.startswith("--from")]:
+        for source in rest.split()[:-1]:
+            assert (ROOT / source).exists(), source
+            assert f"!{source}" in admitted
+    # What the package is built from is all there.
+    copied = " ".join(rest for word, rest in found if word == "COPY")
+    for needed in ("pyproject.toml", "README.md", "LICENSE", "gateway gateway", "providers providers"):
+        assert needed in copied
+
+
+def test_the_image_runs_as_nobody_and_says_how_it_fares() -> None:
+    last = {}
+    for word, rest in instructions():
+        if word == "FROM":
+            last = {}
+        last[word] = rest
+    assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", last["USER"])
+    assert "SIGTERM" == last["STOPSIGNAL"]
+    assert '["telephony-gateway"]' == last["ENTRYPOINT"]
+    assert '["serve", "--config", "/etc/telephony-gateway/gateway.yaml"]' == last["CMD"]
+    assert "RUN" not in last, "the final stage only takes over what the first has built"
+
+
+async def test_the_images_health_check_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    (check,) = [rest for word, rest in instructions() if word == "HEALTHCHECK"]
+    command = yaml.safe_load(check.partition("CMD ")[2])
+    assert "python" == command[0]
+
+    async def healthy(port: int) -> bool:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, *command[1:], env={"GATEWAY_PORT": str(port)}, stderr=asyncio.subprocess.DEVNULL
+        )
+        return await process.wait() == 0
+
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        assert await healthy(port)
+    assert not await healthy(port)
+
+
+# --- the unit -------------------------------------------------------------------------------------------------------------
+
+UNIT = CONFIG / "telephony-gateway.service"
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_systemd_finds_nothing_wrong_with_the_unit_and_little_to_attack(tmp_path: Path) -> None:
+    unit = tmp_path / UNIT.name
+    unit.write_text(UNIT.read_text().replace("/opt/telephony-gateway/bin/telephony-gateway", "/bin/true"))
+    verified = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False, timeout=30)
+    assert (0, "") == (verified.returncode, verified.stderr)
+    rated = subprocess.run(
+        ["systemd-analyze", "security", "--offline=yes", "--threshold=20", unit], capture_output=True, text=True, check=False
+    )
+    assert 0 == rated.returncode, rated.stdout[-200:]
+
+
+def test_the_unit_reloads_restarts_and_limits() -> None:
+    parser = ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read_string(UNIT.read_text())
+    service = parser["Service"]
+    assert service["ExecStart"].endswith("telephony-gateway serve --config /etc/telephony-gateway/gateway.yaml")
+    assert "/bin/kill -HUP $MAINPID" == service["ExecReload"]
+    assert "78" == service["RestartPreventExitStatus"]
+    assert ("on-failure", "0") == (service["Restart"], service["LimitCORE"])
+    assert int(service["LimitNOFILE"]) >= 65_536
+    assert "WatchdogSec" not in service, "nobody would feed it"
+    reloads = re.findall(r"(?m)^ExecReload=(.*)$", UNIT.read_text())
+    assert "/opt/telephony-gateway/bin/telephony-gateway check /etc/telephony-gateway/gateway.yaml" == reloads[0]
