@@ -30,8 +30,10 @@ from gateway.provider import Provider, SignedRequest
 from gateway.reload import Reload, load_providers
 from gateway.server import Server
 from gateway.settings import Settings, host_port
+from gateway.systemd import Systemd
 
 Result = TypeVar("Result")
+
 
 class _Seconds(click.FloatRange):
     """From 0 to an hour; nothing compares with nan."""
@@ -174,9 +176,7 @@ def _writable(_context: click.Context, _option: click.Parameter, path: Path | No
 @click.option("--config", "-c", "path", type=click.Path(path_type=Path), help="Sign as an account of this configuration does.")
 @click.option("--provider", "name", help="Which account: a name under `providers:`. Then KIND and --url need not be given.")
 @click.option("--audio", type=click.Path(path_type=Path), help="What the caller says: a WAV file. Default: the bundled clip.")
-@click.option(
-    "--save", type=click.Path(path_type=Path), callback=_writable, help="Write what the caller heard to this WAV file."
-)
+@click.option("--save", type=click.Path(path_type=Path), callback=_writable, help="Write what the caller heard to this WAV file.")
 @click.option("--say", multiple=True, help="What the caller says to a carrier of text (ConversationRelay); may be repeated.")
 @click.option("--dtmf", default="", callback=_keys, help="Keys to press, for instance 12#.")
 @click.option("--calls", default=1, show_default=True, type=click.IntRange(1, 2000), help="How many calls at the same time.")
@@ -423,7 +423,7 @@ def make_server(settings: Settings) -> Server:
 
 async def _serve(settings: Settings, path: Path) -> int:
     server = make_server(settings)
-    reload = Reload(path, server)
+    reload, systemd = Reload(path, server), Systemd()
     stop, again = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -438,9 +438,15 @@ async def _serve(settings: Settings, path: Path) -> int:
         click.echo(f"can't listen on {settings.listen}: {error.strerror or error}", err=True)
         return 1
     async with asyncio.TaskGroup() as tasks:
-        reloading = tasks.create_task(_reload_when(again, reload))
+        meanwhile = [
+            tasks.create_task(_reload_when(again, reload)),
+            tasks.create_task(systemd.watch(lambda: _plural(len(server.streams), "live call"))),
+        ]
+        systemd.ready()
         await stop.wait()
-        reloading.cancel()
+        systemd.stopping()
+        for task in meanwhile:
+            task.cancel()
     structlog.get_logger("gateway").info("stopping", live_streams=len(server.streams))
     await server.stop()
     return 0

@@ -139,6 +139,6 @@ def test_the_unit_reloads_restarts_and_limits() -> None:
     assert "78" == service["RestartPreventExitStatus"]
     assert ("on-failure", "0") == (service["Restart"], service["LimitCORE"])
     assert int(service["LimitNOFILE"]) >= 65_536
-    assert "WatchdogSec" not in service, "nobody would feed it"
+    assert ("notify", "30") == (service["Type"], service["WatchdogSec"]), "gateway/systemd.py feeds it"
     reloads = re.findall(r"(?m)^ExecReload=(.*)$", UNIT.read_text())
     assert "/opt/telephony-gateway/bin/telephony-gateway check /etc/telephony-gateway/gateway.yaml" == reloads[0]
