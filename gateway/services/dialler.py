@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from socket import IPPROTO_TCP, SO_SNDBUF, SOL_SOCKET, AddressFamily
 from typing import Any
 
@@ -20,7 +19,7 @@ from gateway.services.retry import FAILURES_PER_SEC, FINAL_STATUSES, PROBE_SECS,
 from gateway.settings import WebsocketService
 
 HANDSHAKES = 32
-"""Handshakes at once: a service that is back is not run over by a thousand calls."""
+"""Handshakes at once with one service: one that is back is not run over by a thousand calls."""
 
 LARGEST_MESSAGE = 16 * 2**20
 """Bytes of one message from a service; a larger one closes the connection (1009)."""
@@ -101,7 +100,7 @@ class Dialler:
             ws_response_class=ServiceSocket,
         )
         self._breakers: defaultdict[str, Breaker] = defaultdict(Breaker)
-        self._handshakes = asyncio.Semaphore(HANDSHAKES)
+        self._handshakes: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(HANDSHAKES))
         self._limiter = Limiter(FAILURES_PER_SEC, FAILURES_PER_SEC)
         self._news = asyncio.Event()
         self._scouts: set[str] = set()
@@ -113,14 +112,19 @@ class Dialler:
 
     async def dial(self, name: str, service: WebsocketService) -> ServiceSocket:
         """A connection to the service called `name`. Raises Unreachable."""
+        async with self._handshakes[name]:
+            return await self._dial(self._breakers[name], service)
+
+    async def _dial(self, breaker: Breaker, service: WebsocketService) -> ServiceSocket:
         loop = asyncio.get_running_loop()
-        breaker = self._breakers[name]
         if not breaker.allows(loop.time()):
             raise Unreachable(f"{service.url} can't be reached at the moment")
-        answered = False
+        limited, answered = breaker.failing, False
         try:
-            async with self._slot():
-                socket = await self._connect(service)
+            if limited and (wait := self._limiter.reserve(loop.time())):
+                await asyncio.sleep(wait)
+            self.dials += 1
+            socket = await self._connect(service)
             answered = True
         except Unreachable as error:
             answered = error.final
@@ -129,7 +133,8 @@ class Dialler:
             raise
         finally:
             if answered:
-                self._limiter.give_back()
+                if limited:
+                    self._limiter.give_back()
                 if breaker.succeeded():
                     self._announce()
             else:
@@ -160,14 +165,6 @@ class Dialler:
     def _announce(self) -> None:
         self._news.set()
         self._news = asyncio.Event()
-
-    @asynccontextmanager
-    async def _slot(self) -> AsyncIterator[None]:
-        async with self._handshakes:
-            self.dials += 1
-            if wait := self._limiter.reserve(asyncio.get_running_loop().time()):
-                await asyncio.sleep(wait)
-            yield
 
     async def _connect(self, service: WebsocketService) -> ServiceSocket:
         headers = {"Authorization": f"Bearer {service.authorization}"} if service.authorization else {}

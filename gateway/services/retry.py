@@ -20,7 +20,7 @@ PROBE_SECS = 0.05
 """While a service can't be reached, all calls together try it one at a time, this far apart."""
 
 FAILURES_PER_SEC = 50.0
-"""Dials a second, over all calls and services, that may come to nothing."""
+"""Dials a second, over all calls, of services that could not be reached the last time; those that answer count for nothing."""
 
 
 class Verdict(Enum):
@@ -77,6 +77,11 @@ class Breaker:
         self._probing = False
         self._probe_at = float("-inf")
 
+    @property
+    def failing(self) -> bool:
+        """Whether it could not be reached the last time."""
+        return bool(self._failures)
+
     def is_open(self, now: float) -> bool:
         return len(self._failures) == BREAKER_FAILURES and now - self._failures[0] <= BREAKER_WINDOW_SECS
 
@@ -91,7 +96,7 @@ class Breaker:
 
     def succeeded(self) -> bool:
         """It answered. Returns whether that is news: something had failed before."""
-        news = bool(self._failures)
+        news = self.failing
         self._failures.clear()
         self._probing = False
         return news

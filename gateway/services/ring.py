@@ -314,6 +314,14 @@ class Ring:
             self._word_bytes -= entry.size
         return entry
 
+    def _forget_frame(self) -> Frame:
+        """The oldest frame of those that were sent; there is one."""
+        at, frame = next((at, entry) for at, entry in enumerate(self._kept) if isinstance(entry, Frame))
+        del self._kept[at]
+        self._kept_bytes -= len(frame.payload)
+        self.audio_bytes -= len(frame.payload)
+        return frame
+
     def _uncount(self, frame: Frame) -> None:
         """A frame leaves without having been received."""
         self.audio_bytes -= len(frame.payload)
@@ -331,11 +339,11 @@ class Ring:
     def _make_room(self) -> None:
         while self.audio_bytes > self._capacity:
             if self._kept_bytes:
-                entry = self._forget()
-                if isinstance(entry, Frame):
-                    self._gone_frames += 1
-                    self._gone_heard += entry.heard
-                    self._gone_end = entry.seq + 1
+                # The words around a frame that goes stay: they may not have arrived, and take no room of audio.
+                frame = self._forget_frame()
+                self._gone_frames += 1
+                self._gone_heard += frame.heard
+                self._gone_end = frame.seq + 1
                 continue
             # Audio is near the front: everything before it is a handful of words.
             at = next(i for i, each in enumerate(self._waiting) if isinstance(each, Frame))

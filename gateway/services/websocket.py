@@ -36,8 +36,8 @@ LARGEST_TEXT_BYTES = 64 * 1024
 SLICE_BYTES = 32 * 1024
 """Audio that is converted in one go; between slices other calls have their turn."""
 
-MESSAGES_IN_A_ROW = 32
-"""After so many messages of one service, other calls have their turn."""
+MESSAGES_IN_A_ROW = 8
+"""After so many messages from or to one service, other calls have their turn: a thousand replays go on side by side."""
 
 FAULTS_PER_SEC = 20.0
 """Mistakes of one service that are told each second; the others are counted."""
@@ -131,6 +131,7 @@ class WebsocketLink:
         self._untold_faults = 0
         self._slow = False
         self._full = False
+        self._more = False
         self._stopped = False
         self._took_at: float | None = None
         self._losses: Counter[str] = Counter()
@@ -371,8 +372,8 @@ class WebsocketLink:
     async def _pump(self) -> None:
         """Events into the ring, and from the ring to the service, as long as the stream lasts."""
         while not self._stopped:
-            if self._full:
-                await asyncio.sleep(POLL_SECS)
+            if self._full or self._more:
+                await asyncio.sleep(POLL_SECS if self._full else 0)
             else:
                 await self._line.subscription.wait()
             self._absorb()
@@ -387,7 +388,7 @@ class WebsocketLink:
     async def _flush(self) -> None:
         """Send what the connection takes. No send ever waits: what it does not take stays in the ring."""
         connection = self._connection
-        self._full = False
+        self._full = self._more = False
         if connection is None or not connection.open:
             return
         now, ring = self._loop.time(), self._ring
@@ -399,7 +400,9 @@ class WebsocketLink:
             if connection.acknowledge and not connection.full(now):
                 connection.acknowledge = False
                 await connection.socket.send_str(acknowledgement(self._numbers.next - 1))
+            messages = 0
             while not connection.full(now) and (entry := ring.take(keep=keep)) is not None:
+                messages += 1
                 try:
                     await self._send(connection, entry)
                 except ConnectionError:
@@ -408,6 +411,9 @@ class WebsocketLink:
                 if self._stopped:
                     await connection.socket.close()
                     return
+                if messages == MESSAGES_IN_A_ROW:
+                    self._more = True
+                    break
         except ConnectionError:
             connection.broken = True  # who receives sees it too, and ends the connection
             return

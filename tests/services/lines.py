@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from struct import Struct
 from typing import Any
 
@@ -14,7 +14,8 @@ from aiohttp import WSMsgType, web
 
 from gateway.bus import Subscription
 from gateway.events import Account, Audio, Command, Fault, Start, Stop, StopReason
-from gateway.media import MULAW_8K, Encoding, MediaFormat
+from gateway.media import MULAW_8K, MediaFormat
+from gateway.services import ServiceLost
 from gateway.services.dialler import Dialler
 from gateway.services.websocket import WebsocketLink
 from gateway.settings import WebsocketService
@@ -39,8 +40,12 @@ class Line:
         self.subscription.offer(self.start)
         self.commands: list[Command] = []
         self.frames = 0
+        self.times: list[float] = []
+        self.link: WebsocketLink
+        self._loop = asyncio.get_running_loop()
 
     def hear(self) -> None:
+        self.times.append(self._loop.time())
         self.subscription.offer(Audio(FRAMES[self.frames]))
         self.frames += 1
 
@@ -145,19 +150,23 @@ class LedgerService:
 
 
 @asynccontextmanager
-async def calls(count: int, service: LedgerService, **options: Any) -> AsyncIterator[list[Line]]:
-    """So many streams on the service, whose callers speak until the end of the block."""
+async def calls(count: int, service: LedgerService, *others: WebsocketService, **options: Any) -> AsyncIterator[list[Line]]:
+    """So many streams on the service, and one on each of the `others`, whose callers speak until the end of the block."""
     dialler = Dialler("test")
-    settings = WebsocketService(url=service.url, media_format=MediaFormat(Encoding.MULAW, 8000), **options)
-    lines = [Line(n, dialler) for n in range(count)]
+    settings = [WebsocketService(url=service.url, media_format=MULAW_8K, **options)] * count + [*others]
+    lines = [Line(n, dialler) for n in range(len(settings))]
     loop = asyncio.get_running_loop()
     talking = True
+
+    async def serve(link: WebsocketLink) -> None:
+        with suppress(ServiceLost):
+            await link.run()
 
     async def talk() -> None:
         due = loop.time()
         at = 0
         while talking:
-            # A fiftieth of the callers each time, as in life: all at once would be a burst.
+            # A few of the callers each time, as in life: all at once would be a burst.
             for line in lines[at::20]:
                 line.hear()
             at = (at + 1) % 20
@@ -169,8 +178,9 @@ async def calls(count: int, service: LedgerService, **options: Any) -> AsyncIter
 
     try:
         async with asyncio.TaskGroup() as tasks:
-            for line in lines:
-                tasks.create_task(WebsocketLink([("agent", settings)], line).run())
+            for line, setting in zip(lines, settings, strict=True):
+                line.link = WebsocketLink([(setting.url, setting)], line)
+                tasks.create_task(serve(line.link))
             tasks.create_task(talk())
             try:
                 yield lines

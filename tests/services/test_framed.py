@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.errors import MalformedFrame
@@ -22,6 +22,7 @@ def test_the_layout_is_the_documented_one() -> None:
     assert (1, 2, 4, 8) == (Flags.REPLAYED, Flags.DISCONTINUITY, Flags.SILENCE, Flags.LAST)
 
 
+@settings(deadline=None)  # other tests run beside this one
 @given(HEADERS, st.binary(max_size=64))
 def test_what_is_packed_is_read(header: Header, samples: bytes) -> None:
     message = pack(header, samples)
@@ -29,6 +30,7 @@ def test_what_is_packed_is_read(header: Header, samples: bytes) -> None:
     assert samples == message[HEADER_BYTES:]
 
 
+@settings(deadline=None)  # other tests run beside this one
 @given(st.binary(max_size=40), st.sampled_from([1, 2, 4]))
 def test_any_bytes_are_a_header_or_malformed(message: bytes, sample_bytes: int) -> None:
     with suppress(MalformedFrame):
@@ -53,6 +55,7 @@ def test_a_mistake_gets_a_sentence(message: bytes, fragment: str) -> None:
     assert "malformed_audio" == caught.value.reason
 
 
+@settings(deadline=None)  # other tests run beside this one
 @given(st.lists(st.integers(0, 30)))
 def test_each_number_is_taken_once_and_only_upwards(numbers: list[int]) -> None:
     taken: list[int] = []

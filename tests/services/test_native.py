@@ -6,6 +6,7 @@ import json
 from contextlib import suppress
 from typing import Any, get_args
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,7 +40,7 @@ from gateway.events import (
     Unknown,
 )
 from gateway.media import MULAW_8K, Encoding, MediaFormat, Track
-from gateway.services.native import Malformed, NativeCarrier
+from gateway.services.native import Ack, Malformed, NativeCarrier, Ready, Resume, acknowledgement, numbered
 
 FORMAT = MediaFormat(Encoding.PCM_S16LE, 16000)
 START = {
@@ -130,6 +131,31 @@ def test_a_mistake_is_told_with_the_commands_id(frame: str, fragment: str, ref: 
     assert "malformed_command" == caught.value.reason
     assert fragment in caught.value.detail
     assert ref == caught.value.ref
+
+
+def test_framed_mode_adds_two_texts_a_resume_and_numbers() -> None:
+    assert Ready(next=5, id="r") == carrier().read('{"type": "ready", "next": 5, "id": "r"}')
+    assert Ready(next=None) == carrier().read('{"type": "ready", "next": null}')
+    assert msgspec.UNSET is carrier().read('{"type": "ready"}').next  # type: ignore[union-attr]
+    assert Ack(seq=7) == carrier().read('{"type": "ack", "seq": 7}')
+    assert Clear() == carrier().read('{"type": "clear"}')
+    for wrong in (
+        '{"type": "ack"}',
+        '{"type": "ack", "seq": -1}',
+        '{"type": "ready", "next": -1}',
+        '{"type": "ready", "next": "0"}',
+    ):
+        with pytest.raises(Malformed):
+            carrier().read(wrong)
+    start = UP[0][0]
+    assert isinstance(start, Start)
+    resume = Resume("s", 1, 2, 3, 4, ("a",))
+    expected = {"session": "s", "oldest": 1, "next": 2, "next_out": 3, "queued_ms": 4, "checkpoints": ["a"]}
+    assert START | {"resume": expected} == json.loads(carrier().start(start, resume))
+    assert {"type": "ack", "seq": 9} == json.loads(acknowledgement(9))
+    (text,) = carrier().encode(Dtmf("5"))
+    assert {"type": "dtmf", "digits": "5", "n": 3} == json.loads(numbered(str(text), 3, False))
+    assert {"type": "dtmf", "digits": "5", "n": 3, "replayed": True} == json.loads(numbered(str(text), 3, True))
 
 
 @given(st.text() | st.recursive(st.none() | st.booleans() | st.text(max_size=5), st.lists).map(json.dumps))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.services.retry import BREAKER_FAILURES, PROBE_SECS, Backoff, Breaker, Limiter, Patience, Verdict, verdict
@@ -23,6 +23,7 @@ def test_the_table_of_close_codes(code: int, expected: Verdict) -> None:
     assert expected is verdict(code)
 
 
+@settings(deadline=None)  # other tests run beside this one
 @given(st.lists(st.floats(0, 0.999), min_size=1, max_size=40))
 def test_delays_are_full_jitter_between_nothing_and_two_seconds(chances: list[float]) -> None:
     backoff = Backoff()
@@ -55,6 +56,7 @@ def test_failures_that_lie_long_apart_do_not_open_the_breaker() -> None:
     assert not breaker.is_open(57.0)
 
 
+@settings(deadline=None)  # other tests run beside this one
 @given(st.lists(st.floats(0, 0.5), max_size=200))
 def test_never_more_than_the_rate_and_one_burst(steps: list[float]) -> None:
     limiter, now, let = Limiter(10, 5), 0.0, 0
@@ -64,6 +66,7 @@ def test_never_more_than_the_rate_and_one_burst(steps: list[float]) -> None:
     assert let <= 5 + now * 10 + 1e-6
 
 
+@settings(deadline=None)  # other tests run beside this one
 @given(st.integers(1, 100))
 def test_reservations_are_spaced_by_the_rate(count: int) -> None:
     limiter = Limiter(50, 10)
