@@ -340,10 +340,10 @@ class Ring:
         while self.audio_bytes > self._capacity:
             if self._kept_bytes:
                 # The words around a frame that goes stay: they may not have arrived, and take no room of audio.
-                frame = self._forget_frame()
+                gone = self._forget_frame()
                 self._gone_frames += 1
-                self._gone_heard += frame.heard
-                self._gone_end = frame.seq + 1
+                self._gone_heard += gone.heard
+                self._gone_end = gone.seq + 1
                 continue
             # Audio is near the front: everything before it is a handful of words.
             at = next(i for i, each in enumerate(self._waiting) if isinstance(each, Frame))
