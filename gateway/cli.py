@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import providers
-from gateway import __version__, config, display, doctor, logs, schema, signing, simulator, specification, speech, tls, wav
+from gateway import __version__, config, display, doctor, host, logs, schema, signing, simulator, specification, speech, tls, wav
 from gateway import demo as demonstration
 from gateway.callreport import CallReport
 from gateway.errors import ConfigError
@@ -422,6 +422,7 @@ def make_server(settings: Settings) -> Server:
 
 
 async def _serve(settings: Settings, path: Path) -> int:
+    host.raise_fd_limit(settings.max_calls, structlog.get_logger("gateway"))
     server = make_server(settings)
     reload, systemd = Reload(path, server), Systemd()
     stop, again = asyncio.Event(), asyncio.Event()
@@ -435,8 +436,10 @@ async def _serve(settings: Settings, path: Path) -> int:
         click.echo(str(error), err=True)
         return EXIT_CONFIG
     except OSError as error:
-        click.echo(f"can't listen on {settings.listen}: {error.strerror or error}", err=True)
+        click.echo(f"can't listen on {error.filename or settings.listen}: {error.strerror or error}", err=True)
         return 1
+    server.hooks.reload, server.hooks.reloads = reload, reload.outcomes
+    server.watchdog.start()
     async with asyncio.TaskGroup() as tasks:
         meanwhile = [
             tasks.create_task(_reload_when(again, reload)),

@@ -122,8 +122,8 @@ def _descriptors(settings: Settings) -> list[Finding]:
 def _admin(settings: Settings) -> list[Finding]:
     if settings.admin is None or is_loopback(host_port(settings.admin)[0]):
         return [_ok("admin", settings.admin or "no operators' listener")]
-    fix = "Write admin: 127.0.0.1:9090, and reach it through a tunnel or a proxy that asks who is there."
-    return [_warning("admin", f"{settings.admin} is no loopback address: others can reach it", fix)]
+    fix = "Write admin: 127.0.0.1:9090, and reach it through a tunnel or a proxy that speaks TLS."
+    return [_warning("admin", f"{settings.admin} is no loopback address: admin_token crosses the network in clear", fix)]
 
 
 def _proxies(settings: Settings) -> list[Finding]:

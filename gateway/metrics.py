@@ -59,6 +59,7 @@ COUNTERS = {
     "telephony_faults": Family("Refusals that services were told of, the carriers' own among them", ("provider", "code")),
     "telephony_service_losses": Family("Connections to services that were lost in mid-call", ("service",)),
     "telephony_refusals": Family("Calls and connections that were not let in for want of room", ("provider", "reason")),
+    "telephony_reloads": Family("Readings of the configuration while calls went on, by outcome", ("outcome",)),
     "telephony_auth_failures": Family("Requests without a good signature, token or password", ("provider", "reason")),
 }
 """Their names as Prometheus has them end in `_total`."""
@@ -203,6 +204,7 @@ class Standing(NamedTuple):
     pending: int
     draining: bool
     tls_not_after: float | None
+    reloads: Mapping[str, int] = {}
 
 
 class Metrics(Collector):
@@ -243,6 +245,8 @@ class Metrics(Collector):
         for figures in self._streams():
             sums.stream(figures)
             sums.live(figures)
+        for outcome, count in standing.reloads.items():
+            sums.count("telephony_reloads", outcome, by=count)
         sums.raise_("telephony_build_info", __version__, platform.python_version(), by=1)
         sums.raise_("telephony_call_slots", by=standing.slots)
         sums.raise_("telephony_call_slots_limit", by=standing.slots_limit)

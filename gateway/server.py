@@ -15,11 +15,14 @@ from aiohttp.http import HttpProcessingError
 from structlog.typing import FilteringBoundLogger
 
 from gateway import __version__
+from gateway.admin import Admin, Hooks
 from gateway.bus import Bus
 from gateway.clock import Clock
 from gateway.door import Door, Refused, Remarks
 from gateway.errors import MalformedFrame
 from gateway.events import StopReason
+from gateway.figures import Figures
+from gateway.metrics import Metrics, Standing
 from gateway.provider import Answer, Call, Provider, SignedRequest
 from gateway.routing import match
 from gateway.services.dialler import Dialler
@@ -27,6 +30,7 @@ from gateway.settings import Settings, host_port
 from gateway.stream import FAREWELL_SECS, House, Stream
 from gateway.tls import CHECK_SECS, Certificate
 from gateway.tokens import LEEWAY_SECS, LIFETIME_SECS
+from gateway.watchdog import Watchdog
 
 LARGEST_FRAME = 64 * 1024
 """Bytes of one frame or webhook body from a carrier; the largest legitimate frame is a start with many parameters."""
@@ -66,6 +70,10 @@ class Server:
         self.port = 0
         self.house: House
         self._log: FilteringBoundLogger = structlog.get_logger("gateway")
+        self.hooks = Hooks()
+        self.watchdog = Watchdog(self._log)
+        """Runs if there is an `admin`, or whoever made the server starts it. `stop` ends it."""
+        self.admin: Admin | None = None
         self._runner: web.AppRunner | None = None
         self._listener: asyncio.Server | None = None
         self._certificate: Certificate | None = None
@@ -126,6 +134,14 @@ class Server:
             raise
         self.port = int(self._listener.sockets[0].getsockname()[1])
         self._check_certificate()
+        if self.settings.admin is not None:
+            self.watchdog.start()
+            self.admin = self._make_admin()
+            try:
+                await self.admin.start()
+            except OSError:
+                await self.stop()
+                raise
         scheme = "https" if self._certificate else "http"
         self._log.info("listening", address=f"{host}:{self.port}", scheme=scheme, providers=[*self.providers])
         return self.port
@@ -165,6 +181,33 @@ class Server:
             await self._runner.cleanup()
         await self.house.dialler.close()
         self.house.door.close()
+        if self.admin is not None:  # last: an end can be watched
+            await self.admin.stop()
+        self.watchdog.stop()
+
+    def _make_admin(self) -> Admin:
+        def standing() -> Standing:
+            admission, certificate = self.house.door.admission, self._certificate
+            return Standing(
+                slots=admission.calls,
+                slots_limit=self.settings.max_calls,
+                pending=admission.pending,
+                draining=self.hooks.draining,
+                tls_not_after=certificate.not_after if certificate is not None else None,
+                reloads=self.hooks.reloads,
+            )
+
+        def streams() -> list[Figures]:
+            return [stream.figures() for stream in self.streams.values()]
+
+        metrics = Metrics(self.house.totals, self.settings.providers, streams, standing, self.watchdog)
+        return Admin(
+            lambda: self.house,
+            metrics,
+            self.watchdog,
+            self.hooks,
+            listening=lambda: self._listener is not None and self._listener.is_serving(),
+        )
 
     def _check_certificate(self) -> None:
         if self._certificate is not None:
@@ -182,8 +225,12 @@ class Server:
         route = match(rules.house.settings.routes, provider=name, called=call.called, caller=call.caller)
         label = route.label if route is not None else ""
         try:
+            if self.watchdog.overloaded() and (name, call.call_id) not in self.house.conversations:
+                rules.house.door.remarks.tell("call_refused", self._now(), provider=name, reason="loop_lag")
+                raise Refused(503, "loop_lag")
             token = rules.house.door.announce(name, call, label, self._now())
-        except Refused:
+        except Refused as refused:
+            self.house.totals.refuse(name, refused.reason)
             return _xml(provider.overflow())
         self._remember(name, call.call_id, rules)
         scheme, _, rest = self.settings.base_url(self.port).partition("://")
@@ -269,6 +316,8 @@ class Server:
                 raise web.HTTPVersionNotSupported
             response = await handler(request)
         except (Refused, web.HTTPException) as refused:
+            if isinstance(refused, Refused):
+                self.house.totals.refuse(request.match_info["provider"], refused.reason)
             response = web.Response(status=refused.status)
             response.force_close()  # whatever else was sent along is not read
         except MalformedFrame as error:

@@ -218,7 +218,8 @@ class Settings(Struct, frozen=True):
     services: who listens and speaks: names and their options; required.
     routes: which service takes which call, a list; required.
     listen: address and port that carriers reach; port 0 picks a free one.
-    admin: address and port that operators reach; checked, but nothing is served there in this version; default none.
+    admin: address and port that operators reach, for health, metrics and live calls; default none.
+    admin_token: bearer token that operators show, at least 16 characters; required unless `admin` is a loopback address.
     public_url: what carriers dial, https, up to but without the provider's name; required unless each provider has `auth: none`.
     secret: signs stream URLs, the same on all instances (`openssl rand -hex 32`); required unless each provider has `auth: none`.
     tls: certificate and key, and `listen` serves https and wss; default none, a proxy does that.
@@ -237,6 +238,7 @@ class Settings(Struct, frozen=True):
     routes: tuple[Route, ...]
     listen: Address = "127.0.0.1:8080"
     admin: Address | None = None
+    admin_token: Annotated[str, Meta(min_length=16, extra={"check": _bearer})] | None = None
     public_url: PublicUrl | None = None
     secret: Annotated[str, Meta(min_length=16)] | None = None
     tls: Tls | None = None
@@ -252,6 +254,8 @@ class Settings(Struct, frozen=True):
     def __post_init__(self) -> None:
         named = (route if route.name else structs.replace(route, name=f"route-{at}") for at, route in enumerate(self.routes))
         structs.force_setattr(self, "routes", tuple(named))
+        if self.admin is not None and self.admin_token is None and not is_loopback(host_port(self.admin)[0]):
+            raise ValueError(f"admin: anybody could reach {self.admin}; write 127.0.0.1:9090, or an admin_token")
 
     def route(self, label: str) -> Route | None:
         """The route with this label, or None: the configuration of whoever told the label is another one."""

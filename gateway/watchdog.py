@@ -121,7 +121,7 @@ class Watchdog:
             self._untold += 1
             return
         self._told_at = now
-        self._log.warning("event_loop_blocked", lag_ms=round(lag * 1000), stack=stack, untold=self._untold)
+        self._log.warning("event_loop_blocked", lag_ms=round(lag * 1000), blocked_in=stack, untold=self._untold)
         self._untold = 0
 
 

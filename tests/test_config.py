@@ -136,6 +136,7 @@ def test_everything_set() -> None:
     text = """
 listen: "[::1]:0"
 admin: localhost:9090
+admin_token: ${TOKEN}
 public_url: https://voice.example.com/tel
 secret: ${TOKEN}
 tls: {certificate: "${FILE}", key: "${FILE}"}
@@ -190,6 +191,7 @@ routes:
         ),
         listen="[::1]:0",
         admin="localhost:9090",
+        admin_token=SECRET,
         public_url="https://voice.example.com/tel",
         secret=SECRET,
         tls=Tls(certificate=__file__, key=__file__),
@@ -321,6 +323,9 @@ BROKEN: list[tuple[str, str]] = [
     (BASE + "listen: ‸[a]", "listen: expected text, found a list"),
     (BASE + "admin: ‸localhost", "admin: not host:port: 'localhost'"),
     (BASE + "admin: ‸127.0.0.1:8080", "admin: the same as `listen`"),
+    (BASE + "admin: ‸0.0.0.0:9090", "admin: anybody could reach 0.0.0.0:9090; write 127.0.0.1:9090, or an admin_token"),
+    (BASE + "admin_token: ‸Bearer 0123456789abcdef", 'the word "Bearer" is added for you'),
+    (BASE + "admin_token: ‸0123456789", "admin_token: "),
     (BASE + "public_url: ‸voice.example.com", "must begin with http:// or https://: 'voice.example.com'"),
     (BASE + "public_url: ‸https://voice.example.com/", "ends in a slash: 'https://voice.example.com/'; write https://voice.ex"),
     (BASE + "public_url: ‸https://voice.example.com?x=1", "has a query"),
@@ -740,7 +745,7 @@ def test_the_example_names_every_variable_that_it_needs() -> None:
 
 def test_the_example_has_every_option() -> None:
     text = (ROOT / "config" / "gateway.example.yaml").read_text()
-    tree = yaml.safe_load(re.sub(r"(?m)^# (?=tls: )", "", text))
+    tree = yaml.safe_load(re.sub(r"(?m)^# (?=(tls|admin_token): )", "", text))
     in_comments = {"auth", "signing_key"}
 
     assert {*tree} == {*keys_of(Settings)}

@@ -218,7 +218,7 @@ async def test_a_name_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> No
         ({"secret": "a" * 40}, "secret", "warning"),
         ({"secret": "0123456789abcdef"}, "secret", "warning"),
         ({"secret": SECRET}, "secret", "ok"),
-        ({"admin": "0.0.0.0:9090"}, "admin", "warning"),
+        ({"admin": "0.0.0.0:9090", "admin_token": SECRET}, "admin", "warning"),
         ({"admin": "127.0.0.1:9090"}, "admin", "ok"),
         ({"public_url": "https://voice.example.com"}, "trusted_proxies", "warning"),
         ({"public_url": "https://voice.example.com", "trusted_proxies": ["10.0.0.0/8"]}, "trusted_proxies", "ok"),

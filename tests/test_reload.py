@@ -28,7 +28,7 @@ from tests.test_config import TEXTS
 from tests.test_end_to_end import MULAW, played
 from tests.test_tls import Files
 
-FIXED = {"listen", "admin", "public_url", "secret", "log_level"}
+FIXED = {"listen", "admin", "admin_token", "public_url", "secret", "log_level"}
 MULAW_8K = {"encoding": "mulaw", "sample_rate": 8000}
 
 
@@ -259,6 +259,7 @@ async def test_what_takes_a_restart_is_kept_and_said(gateway: Gateway, log: list
     gateway.write(
         listen="127.0.0.1:9",
         admin="127.0.0.1:9090",
+        admin_token=LONG[::-1],
         log_level="debug",
         public_url="http://localhost:1",
         secret=LONG[::-1],
@@ -274,7 +275,7 @@ async def test_what_takes_a_restart_is_kept_and_said(gateway: Gateway, log: list
     (kept,) = [entry for entry in log if entry["event"] == "configuration_kept"]
     assert ("warning", sorted(FIXED)) == (kept["log_level"], sorted(kept["keys"]))
     assert LONG not in str(log)
-    gateway.write(listen="127.0.0.1:0", admin=None, log_level=None, public_url=None, secret=LONG)
+    gateway.write(listen="127.0.0.1:0", admin=None, admin_token=None, log_level=None, public_url=None, secret=LONG)
     again = await gateway.reload()
     assert ([], []) == (again.changed, again.kept)
 

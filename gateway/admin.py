@@ -1,0 +1,364 @@
+"""The operators' listener: health, metrics, live calls and their control. Carriers never reach it; errors are JSON sentences."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import platform
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from inspect import isawaitable
+from typing import Any
+
+import msgspec
+import structlog
+from aiohttp import web
+from structlog.typing import FilteringBoundLogger
+
+from gateway import __version__, logs
+from gateway.door import Remarks
+from gateway.errors import ConfigError
+from gateway.events import COMMAND_NAMES, Clear, Command, Dtmf, Stop, StopReason
+from gateway.metrics import Metrics
+from gateway.settings import MASKED, Settings, host_port, is_loopback
+from gateway.stream import House, Stream
+from gateway.watchdog import Watchdog
+
+LARGEST_BODY = 4 * 1024
+OPEN = frozenset({"/livez", "/readyz"})
+"""Asked by orchestrators that know no token; they tell nothing of calls."""
+
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+_DIGITS = re.compile("[0-9*#A-Dw]{1,64}")
+_SECRET_KEY = re.compile(r"(?i)(secret|token|password|authorization|credential|(api|signing)_?key)s?$")
+_PRIVATE_KEY = frozenset({"parameters", "extra_headers"})
+
+Hook = Callable[[], object]
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass
+class Hooks:
+    """What operators can ask of the process, given by whoever runs it; None: it can't be asked for. May be coroutines."""
+
+    drain: Hook | None = None
+    reload: Hook | None = None
+    draining: bool = False
+    """Set by whoever drains."""
+    reloads: Mapping[str, int] = field(default_factory=dict)
+    """How often each outcome a reload had."""
+
+
+class Trouble(Exception):
+    """Answer with `status` and this sentence."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class Admin:
+    """One process's operators' listener. `start`, then `stop`."""
+
+    def __init__(
+        self,
+        house: Callable[[], House],
+        metrics: Metrics,
+        watchdog: Watchdog,
+        hooks: Hooks,
+        *,
+        listening: Callable[[], bool],
+    ) -> None:
+        self.port = 0
+        self._house_now = house
+        self._metrics = metrics
+        self._watchdog = watchdog
+        self._hooks = hooks
+        self._listening = listening
+        self._log: FilteringBoundLogger = structlog.get_logger("gateway.admin")
+        self._remarks = Remarks(self._log.warning)
+        self._runner: web.AppRunner | None = None
+        self._began = asyncio.get_running_loop().time()
+        self._address = host_port(self._settings.admin or "127.0.0.1:0")
+
+    @property
+    def _house(self) -> House:
+        """A reload puts another one in its place."""
+        return self._house_now()
+
+    @property
+    def _settings(self) -> Settings:
+        return self._house.settings
+
+    async def start(self) -> int:
+        """Listen. Returns the port. Raises OSError for an address that can't be used; its `filename` is the address."""
+        app = web.Application(client_max_size=LARGEST_BODY, middlewares=[self._guard])
+        app.router.add_get("/", self._index)
+        app.router.add_get("/livez", self._live)
+        app.router.add_get("/readyz", self._ready)
+        app.router.add_get("/metrics", self._scrape)
+        app.router.add_get("/version", self._version)
+        app.router.add_get("/config", self._config)
+        app.router.add_get("/calls", self._calls)
+        app.router.add_get("/calls/{session}", self._call)
+        app.router.add_post("/calls/{session}/{action}", self._control)
+        app.router.add_post("/drain", self._drain)
+        app.router.add_post("/reload", self._reload)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, keepalive_timeout=15.0)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, *self._address)
+        try:
+            await site.start()
+        except OSError as error:
+            await self.stop()
+            raise OSError(error.errno, error.strerror, self._settings.admin) from None
+        self.port = int(self._runner.addresses[0][1])
+        self._log.info(
+            "admin_listening", address=f"{self._address[0]}:{self.port}", bearer=self._settings.admin_token is not None
+        )
+        return self.port
+
+    async def stop(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    def reasons(self) -> list[dict[str, str]]:
+        """Why this process should get no new calls; none if it should."""
+        admission, limit = self._house.door.admission, self._settings.max_calls
+        found = []
+        if not self._listening():
+            found.append(("not_listening", "carriers can't connect: the listener is not open"))
+        if self._hooks.draining:
+            found.append(("draining", "the process is ending its calls and takes no new ones"))
+        if admission.calls >= limit:
+            found.append(("full", f"{admission.calls} of {limit} calls (max_calls)"))
+        if self._watchdog.overloaded():
+            found.append(("loop_lag", f"the event loop is late, lately by up to {self._watchdog.worst() * 1000:.0f} ms"))
+        return [{"reason": reason, "detail": detail} for reason, detail in found]
+
+    # --- who may ask ---
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Lets in whom it should, and has every answer, refusals too, in JSON."""
+        try:
+            self._admit(request)
+            response = await handler(request)
+        except Trouble as trouble:
+            response = _json({"error": str(trouble)}, trouble.status)
+            if trouble.status == 401:
+                response.headers["WWW-Authenticate"] = "Bearer"
+        except web.HTTPException as error:
+            sentence = {
+                404: "nothing is served here; GET / tells what is",
+                405: f"not with this method; with {error.headers.get('Allow', 'another')}",
+                413: f"too large: send at most {LARGEST_BODY} bytes",
+            }.get(error.status, error.reason)
+            response = _json({"error": sentence}, error.status)
+            if "Allow" in error.headers:
+                response.headers["Allow"] = error.headers["Allow"]
+        except Exception:
+            self._log.exception("admin_request_failed")
+            response = _json({"error": "the gateway failed to answer this; its log says why"}, 500)
+        response.headers.update(HEADERS)
+        return response
+
+    def _admit(self, request: web.Request) -> None:
+        """Raises Trouble. A browser's request is let in only from a page of this very listener."""
+        token = self._settings.admin_token
+        host = request.headers.get("Host", "")
+        if token is None and not self._is_ours(host):
+            # A name that some page has made to point here (DNS rebinding): without a token, that page would be let in.
+            raise Trouble(403, "the Host header is not this listener's; call it by its address")
+        origin = request.headers.get("Origin")
+        if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
+            raise Trouble(403, "pages of other sites may not ask here (Origin)")
+        if token is not None and request.path not in OPEN:
+            kind, _, given = request.headers.get("Authorization", "").partition(" ")
+            matches = hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), token.encode())
+            if kind.lower() != "bearer" or not matches:
+                self._house.totals.refuse("admin", "token")
+                self._remarks.tell("admin_refused", asyncio.get_running_loop().time(), peer=request.remote)
+                raise Trouble(401, "show the configuration's admin_token: Authorization: Bearer …")
+
+    def _is_ours(self, host: str) -> bool:
+        try:
+            name = host_port(host if ":" in host.rpartition("]")[2] else f"{host}:80")[0]
+        except ValueError:
+            return False
+        return is_loopback(name) or name == self._address[0]
+
+    # --- health ---
+
+    async def _index(self, request: web.Request) -> web.Response:
+        routes = {f"{route.method} {route.resource.canonical}" for route in request.app.router.routes() if route.resource}
+        return _json({"endpoints": sorted(route for route in routes if not route.startswith("HEAD"))})
+
+    async def _live(self, _: web.Request) -> web.Response:
+        return _json({"alive": True})
+
+    async def _ready(self, _: web.Request) -> web.Response:
+        reasons = self.reasons()
+        return _json({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+
+    async def _version(self, _: web.Request) -> web.Response:
+        uptime = asyncio.get_running_loop().time() - self._began
+        return _json({"version": __version__, "python": platform.python_version(), "uptime_secs": round(uptime, 1)})
+
+    async def _scrape(self, request: web.Request) -> web.Response:
+        body, content_type = self._metrics.text(request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+    async def _config(self, _: web.Request) -> web.Response:
+        return _json(redacted(self._settings))
+
+    # --- calls ---
+
+    async def _calls(self, _: web.Request) -> web.Response:
+        calls = [_brief(stream) for stream in self._house.streams.values()]
+        return _json({"count": len(calls), "calls": calls})
+
+    async def _call(self, request: web.Request) -> web.Response:
+        return _json(_detail(self._stream(request)))
+
+    async def _control(self, request: web.Request) -> web.Response:
+        """Give a live call one command, as its service could."""
+        action = request.match_info["action"]
+        if action not in ("hangup", "clear", "dtmf"):
+            raise Trouble(404, f"a call can't be told to {action[:40]!r} here; known: hangup, clear, dtmf")
+        stream = self._stream(request)
+        self._perform(stream, Dtmf(await _digits(request)) if action == "dtmf" else Clear() if action == "clear" else Stop())
+        self._log.info("operator_command", action=action, session=stream.session_id)
+        return _json({"session": stream.session_id, "done": action})
+
+    def _perform(self, stream: Stream, command: Command) -> None:
+        session, word = stream.session, COMMAND_NAMES[type(command)]
+        if session.over:
+            raise Trouble(409, "the stream is over")
+        if session.start is None:
+            if not isinstance(command, Stop):
+                raise Trouble(409, "the stream has not started: its start frame has not come")
+            stream.end(StopReason.SERVICE_STOP)
+            return
+        accepts = stream.start.accepts
+        if word not in (*accepts, "stop"):
+            raise Trouble(409, f"this stream can't carry out {word!r}; it accepts: {', '.join(accepts) or 'nothing'}")
+        faults = sum(session.faults.values())
+        stream.perform(command)
+        if sum(session.faults.values()) > faults:
+            raise Trouble(409, "the stream refused it: it ends once what is queued has played")
+
+    def _stream(self, request: web.Request) -> Stream:
+        stream = self._house.streams.get(request.match_info["session"])
+        if stream is None:
+            raise Trouble(404, "no live call has this session id; GET /calls lists them")
+        return stream
+
+    # --- the process ---
+
+    async def _drain(self, _: web.Request) -> web.Response:
+        return await self._ask("drain", self._hooks.drain)
+
+    async def _reload(self, _: web.Request) -> web.Response:
+        return await self._ask("reload", self._hooks.reload)
+
+    async def _ask(self, what: str, hook: Hook | None) -> web.Response:
+        if hook is None:
+            raise Trouble(501, f"this process was started without a way to {what}")
+        self._log.info("operator_command", action=what)
+        try:
+            result = hook()
+            if isawaitable(result):
+                result = await result
+        except ConfigError as error:
+            raise Trouble(422, str(error)) from None
+        return _json({"asked": what} | ({} if result is None else {"result": result}), 202)
+
+
+async def _digits(request: web.Request) -> str:
+    example = 'send {"digits": "12#"}: 1 to 64 of 0-9, *, #, A-D and w'
+    try:
+        body = msgspec.json.decode(await request.read(), type=dict[str, str])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise Trouble(400, f"not a JSON object of texts; {example}") from None
+    if body.keys() != {"digits"} or not _DIGITS.fullmatch(body["digits"]):
+        raise Trouble(400, example)
+    return body["digits"]
+
+
+def redacted(settings: Settings) -> Any:
+    """The configuration in force, as JSON knows it, without secrets, and phone numbers masked."""
+    return _hidden("", msgspec.to_builtins(settings))
+
+
+def _hidden(key: str, value: Any) -> Any:
+    if value is not None and _SECRET_KEY.search(key):
+        return MASKED
+    if isinstance(value, Mapping):
+        return {name: MASKED if key in _PRIVATE_KEY else _hidden(name, each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_hidden(key, each) for each in value]
+    return logs.redact(None, "", {"value": value})["value"] if isinstance(value, str) else value
+
+
+def _brief(stream: Stream) -> Mapping[str, Any]:
+    return _masked(_view(stream))
+
+
+def _detail(stream: Stream) -> Mapping[str, Any]:
+    """Everything that is counted; what is only known at the end is not there yet."""
+    figures, start = stream.figures(), stream.session.start
+    line = {key: value for key, value in figures.line().items() if key not in ("reason", "lost_samples")}
+    more = {
+        "stream_id": start.stream_id if start is not None else None,
+        "account_id": start.account_id if start is not None else None,
+        "direction": start.direction if start is not None else None,
+        "media_format": str(start.media_format) if start is not None and start.media_format is not None else None,
+        "accepts": start.accepts if start is not None else (),
+        "pending_checkpoints": figures.pending,
+        "held_samples": figures.held,
+        "service_losses": dict(figures.link.losses) if figures.link is not None else {},
+    }
+    return _masked({**_view(stream), **more, **line})
+
+
+def _view(stream: Stream) -> dict[str, Any]:
+    figures, session = stream.figures(), stream.session
+    start, link = session.start, figures.link
+    return {
+        "session": stream.session_id,
+        "provider": stream.provider,
+        "kind": stream.kind,
+        "state": "ending" if session.over else "live" if figures.entered else "starting",
+        "call_id": start.call_id if start is not None else None,
+        "caller": start.caller if start is not None else None,
+        "called": start.called if start is not None else None,
+        "route": stream.route,
+        "service": link.service if link is not None else None,
+        "link": link.state if link is not None else None,
+        "lag_ms": round(link.lag_ms) if link is not None else 0,
+        "duration_secs": round(figures.duration_secs, 1),
+        "frames_in": figures.frames_in,
+        "frames_out": figures.frames_out,
+        "gap_ms": figures.gap_ms,
+        "queued_ms": figures.queued_ms,
+        "ahead_ms": round(figures.ahead_ms),
+        "checkpoints": dict(figures.outcomes),
+    }
+
+
+def _masked(call: dict[str, Any]) -> Mapping[str, Any]:
+    return logs.redact(None, "", call)
+
+
+def _json(value: object, status: int = 200) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value) + b"\n", status=status, content_type="application/json")
