@@ -1,6 +1,16 @@
 """Services that fail, stall and return, behind real calls: the faults D1 to D10 by their ids, and what is lost, exactly.
 
 The caller's audio is a ledger: each 20 ms frame says its own number, so that lost, doubled or changed is seen at once.
+
+What can't be had on every machine that runs the tests is played by something that looks the same from the gateway:
+
+| fault | here | because |
+|---|---|---|
+| D1 a blackholed address | a listener that never answers the handshake | needs a network namespace; one deadline covers both |
+| D1, D9 name servers that fail or change | a resolver of ours in the dialler; a name under .invalid | needs a name server |
+| D2 1,000 kills over 100 calls | `test_kill.py`, two kills over twenty calls; the long form on demand | a minute |
+| D5 1 of 100 stalled, resident memory | `test_slow.py`, one of twenty, by bytes held | a process's memory is no one call's |
+| D10 a balancer before two instances | a relay of ten lines | needs HAProxy |
 """
 
 from __future__ import annotations
