@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
-from gateway.settings import EchoService, Route, Settings, WebsocketService, host_port, is_loopback
+from gateway.settings import EchoService, Settings, WebsocketService, host_port, is_loopback
 
 KeyPath = tuple[str | int, ...]
 
 SECRET_CHARACTERS = 32
 """What `openssl rand -hex 16` makes, and what the carriers' own tokens have at least."""
 
+_WILDCARD = re.compile("[*?]")
 _FEWEST_DIFFERENT = 8
 _LARGEST_SEARCH = 5_000
 _REFERENCE = re.compile(r"\$\{[A-Za-z_][A-Za-z0-9_]*(?P<default>:-[^}]+)?\}|^file:")
@@ -128,19 +130,17 @@ def _listeners(settings: Settings) -> Advice:
 def _hidden_by(settings: Settings, at: int) -> str | None:
     """Which earlier routes take everything that this one would (`a and b take`), or None."""
     route = settings.routes[at]
+    takers = [
+        before for before in settings.routes[:at] if covers(before.called, route.called) and covers(before.caller, route.caller)
+    ]
     hiding: list[str] = []
     for provider in [route.provider] if route.provider is not None else settings.providers:
-        found = next((before for before in settings.routes[:at] if _takes_all_of(before, route, provider)), None)
+        found = next((before for before in takers if before.provider in (None, provider)), None)
         if found is None:
             return None
         hiding.append(found.label)
     names = [*dict.fromkeys(hiding)]
     return f"{' and '.join(names)} {'takes' if len(names) == 1 else 'take'}" if names else None
-
-
-def _takes_all_of(earlier: Route, later: Route, provider: str) -> bool:
-    fits = earlier.provider in (None, provider)
-    return fits and covers(earlier.called, later.called) and covers(earlier.caller, later.caller)
 
 
 def covers(wide: str | None, narrow: str | None) -> bool:
@@ -152,9 +152,20 @@ def covers(wide: str | None, narrow: str | None) -> bool:
         return True
     if narrow in (None, "*"):
         return False
-    wide, narrow = (str(pattern).removeprefix("+").lower() for pattern in (wide, narrow))
-    if not (wide + narrow).isascii():
+    return _covers(_plain(str(wide)), _plain(str(narrow)))
+
+
+@lru_cache(maxsize=4096)
+def _plain(pattern: str) -> str:
+    return pattern.removeprefix("+").lower()
+
+
+def _covers(wide: str, narrow: str) -> bool:
+    prefix = _WILDCARD.split(wide, maxsplit=1)[0]
+    if prefix == wide or not wide.isascii() or not narrow.isascii():
         return wide == narrow
+    if not narrow.startswith(prefix):
+        return False
     # Walk both patterns side by side: `narrow` may be at one place, `wide` at any of several; a number is told letter by letter.
     letters = {*(wide + narrow)} - {"*", "?"} | {""}  # "": any other
     begin = (0, _closed(wide, [0]))
@@ -167,6 +178,8 @@ def covers(wide: str | None, narrow: str | None) -> bool:
             for letter in letters:
                 for after in _step(narrow, [here], letter):
                     state = after, _closed(wide, _step(wide, places, letter))
+                    if not state[1]:
+                        return False  # whatever comes now fits `narrow` alone
                     if state not in seen:
                         seen.add(state)
                         waiting.append(state)

@@ -69,8 +69,10 @@ def serve(path: Path) -> None:
     \b
     Try it without an account:  telephony-gateway serve --config config/gateway.dev.yaml
     """
-    settings = _settings(path)
+    settings, warnings = _examined(path)
     logs.configure(level=settings.log_level)
+    for warning in warnings:
+        structlog.get_logger("gateway").warning("configuration_doubtful", problem=warning)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # it would hold every secret
     sys.exit(run(_serve(settings, path)))
 
@@ -84,11 +86,7 @@ def check(path: Path, strict: bool) -> None:
     Exits 0 if the gateway would start with it, 78 if not. A file without errors may have warnings: what works and is probably
     not meant, such as a route that no call can reach.
     """
-    try:
-        settings, warnings = config.examine(path)
-    except ConfigError as error:
-        click.echo(str(error), err=True)
-        sys.exit(EXIT_CONFIG)
+    settings, warnings = _examined(path)
     if settings.tls is not None:
         try:
             tls.load(settings.tls)
@@ -465,8 +463,13 @@ async def _reload_when(again: asyncio.Event, reload: Reload) -> None:
 
 
 def _settings(path: Path) -> Settings:
+    return _examined(path)[0]
+
+
+def _examined(path: Path) -> tuple[Settings, list[str]]:
+    """Settings and warnings; ends the process where there are none."""
     try:
-        return config.load(path)
+        return config.examine(path)
     except ConfigError as error:
         click.echo(str(error), err=True)
         sys.exit(EXIT_CONFIG)

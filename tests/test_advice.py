@@ -190,3 +190,12 @@ def test_what_takes_too_long_to_tell_is_not_told() -> None:
     covers("*a" + "?" * 60 + "b", "*" + "a?" * 40 + "*b")
     covers("*1" * 60, "*1" * 61)
     assert time.perf_counter() - began < 1
+
+
+def test_a_thousand_routes_are_looked_through_in_no_time() -> None:
+    lines = [f'{{name: r{number}, called: "+1415555{number:04}{"*" * (number % 2)}", service: agent}}' for number in range(1000)]
+    text = routes(*lines, LAST)
+    config.parse(BASE, environ=ENVIRON)
+    began = time.process_time()
+    assert [] == told(text)
+    assert time.process_time() - began < 4

@@ -10,9 +10,15 @@ import sys
 import zipfile
 from configparser import ConfigParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from aiohttp import web
+
+from gateway import config, metrics
+from gateway.settings import Settings
+from tests.test_advice import LONG
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "config"
@@ -142,3 +148,118 @@ def test_the_unit_reloads_restarts_and_limits() -> None:
     assert ("notify", "30") == (service["Type"], service["WatchdogSec"]), "gateway/systemd.py feeds it"
     reloads = re.findall(r"(?m)^ExecReload=(.*)$", UNIT.read_text())
     assert "/opt/telephony-gateway/bin/telephony-gateway check /etc/telephony-gateway/gateway.yaml" == reloads[0]
+
+
+# --- Kubernetes -----------------------------------------------------------------------------------------------------------
+
+
+def manifests() -> dict[str, dict[str, Any]]:
+    """By kind; there is one of each."""
+    texts = [path.read_text() for path in sorted((CONFIG / "kubernetes").glob("*.yaml"))]
+    found = [document for text in texts for document in yaml.safe_load_all(text)]
+    assert len(found) == len({document["kind"] for document in found})
+    return {document["kind"]: document for document in found}
+
+
+MANIFESTS = manifests()
+POD = MANIFESTS["Deployment"]["spec"]["template"]["spec"]
+(CONTAINER,) = POD["containers"]
+
+
+def settings() -> Settings:
+    environ = dict.fromkeys(["GATEWAY_SECRET", "GATEWAY_ADMIN_TOKEN", "TWILIO_AUTH_TOKEN", "AGENT_TOKEN"], LONG)
+    made, warnings = config.examine_text(MANIFESTS["ConfigMap"]["data"]["gateway.yaml"], environ=environ)
+    assert [] == warnings
+    return made
+
+
+def test_the_manifests_hang_together() -> None:
+    assert {"ConfigMap", "Deployment", "HorizontalPodAutoscaler", "PodDisruptionBudget", "Service"} == {*MANIFESTS}
+    labels = {"app.kubernetes.io/name": "telephony-gateway"}
+    for manifest in MANIFESTS.values():
+        assert ("telephony-gateway", labels) == (manifest["metadata"]["name"], manifest["metadata"]["labels"])
+    spec = MANIFESTS["Deployment"]["spec"]
+    assert labels == spec["selector"]["matchLabels"] == spec["template"]["metadata"]["labels"]
+    assert (
+        labels == MANIFESTS["Service"]["spec"]["selector"] == MANIFESTS["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"]
+    )
+    assert "replicas" not in spec, "applying it would undo what the autoscaler did"
+    ports = {port["name"]: port["containerPort"] for port in CONTAINER["ports"]}
+    made = settings()
+    assert f"0.0.0.0:{ports['calls']}" == made.listen
+    assert f"0.0.0.0:{ports['admin']}" == made.admin
+    (port,) = MANIFESTS["Service"]["spec"]["ports"]
+    assert "calls" == port["targetPort"], "the operators' listener is nobody's business outside"
+    mounted = {mount["name"]: mount["mountPath"] for mount in CONTAINER["volumeMounts"]}
+    assert {volume["name"] for volume in POD["volumes"]} == {*mounted}
+    assert f"{mounted['configuration']}/{next(iter(MANIFESTS['ConfigMap']['data']))}" == CONTAINER["args"][-1]
+
+
+def test_the_pod_may_do_little() -> None:
+    user = next(rest for word, rest in instructions() if word == "USER")
+    about = POD["securityContext"]
+    assert user == f"{about['runAsUser']}:{about['runAsGroup']}"
+    assert about["runAsNonRoot"] is True
+    inside = CONTAINER["securityContext"]
+    assert (True, False, ["ALL"]) == (
+        inside["readOnlyRootFilesystem"],
+        inside["allowPrivilegeEscalation"],
+        inside["capabilities"]["drop"],
+    )
+    assert POD["automountServiceAccountToken"] is False
+    assert "cpu" not in CONTAINER["resources"]["limits"], "throttling is heard"
+
+
+def test_probes_ask_what_needs_no_token() -> None:
+    for probe, path in (("startupProbe", "/livez"), ("livenessProbe", "/livez"), ("readinessProbe", "/readyz")):
+        assert {"path": path, "port": "admin"} == CONTAINER[probe]["httpGet"]
+    alive = CONTAINER["livenessProbe"]
+    assert alive["periodSeconds"] * alive["failureThreshold"] >= 60, "a restart ends every call"
+
+
+def test_it_scales_by_a_metric_that_there_is() -> None:
+    spec = MANIFESTS["HorizontalPodAutoscaler"]["spec"]
+    assert "telephony-gateway" == spec["scaleTargetRef"]["name"]
+    (metric,) = spec["metrics"]
+    name = metric["pods"]["metric"]["name"]
+    assert name in metrics.GAUGES
+    assert int(metric["pods"]["target"]["averageValue"]) < 0.8 * settings().max_calls
+    assert f"{name}{{<<.LabelMatchers>>}}" in (CONFIG / "kubernetes" / "autoscaler.yaml").read_text()
+    script = CONTAINER["lifecycle"]["preStop"]["exec"]["command"][-1]
+    assert name in script
+
+
+@pytest.mark.parametrize("refusing", [False, True])
+async def test_a_pod_that_goes_waits_for_its_calls(refusing: bool) -> None:
+    """The hook drains, asks until no call is left, and then lets SIGTERM come; the grace period is longer."""
+    command = CONTAINER["lifecycle"]["preStop"]["exec"]["command"]
+    (patience,) = map(int, re.findall(r"time\.monotonic\(\) \+ (\d+)", command[-1]))
+    assert patience < POD["terminationGracePeriodSeconds"]
+    asked: list[str] = []
+    active = [2, 1, 0, 0, 0, 0]
+
+    async def answer(request: web.Request) -> web.Response:
+        assert request.headers["Authorization"] == f"Bearer {LONG}"
+        asked.append(f"{request.method} {request.path}")
+        if request.path == "/drain":
+            return web.json_response({}, status=501 if refusing else 202)
+        left = active.pop(0)
+        gauge = "# TYPE telephony_calls_active gauge\n"
+        return web.Response(
+            text=f'{gauge}telephony_calls_active{{provider="a"}} {left}.0\ntelephony_calls_active{{provider="b"}} 0.0\n'
+        )
+
+    app = web.Application()
+    app.router.add_route("*", "/{path}", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        admin = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        environ = {"GATEWAY_ADMIN": admin, "GATEWAY_ADMIN_TOKEN": LONG, "DRAIN_LEAST_SECS": "0", "DRAIN_PAUSE_SECS": "0.05"}
+        process = await asyncio.create_subprocess_exec(sys.executable, *command[1:], env=environ)
+        assert 0 == await asyncio.wait_for(process.wait(), 20)
+    finally:
+        await runner.cleanup()
+    assert ["POST /drain", *["GET /metrics"] * 3] == asked

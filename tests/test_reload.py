@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import aiohttp
@@ -247,6 +248,60 @@ async def test_o13_a_broken_file_changes_nothing_and_every_finding_is_logged(gat
     assert gateway.server.providers is loaded
     assert gateway.server.house is house
     assert {"refused": len(TEXTS) + 1} == gateway.reload.outcomes
+
+
+def damaged(text: str, random: Random) -> str:
+    """One small accident of an editor's."""
+    lines = text.splitlines()
+    at, other = random.randrange(len(lines)), random.randrange(len(lines))
+    match random.randrange(6):
+        case 0:
+            lines[at], lines[other] = lines[other], lines[at]
+        case 1:
+            del lines[at : at + random.randrange(1, 4)]
+        case 2:
+            lines.insert(at, lines[other])
+        case 3:
+            lines[at] = random.choice(["  ", "\t", "- ", "? ", "&a ", "!x "]) + lines[at]
+        case 4:
+            place = random.randrange(len(lines[at]) + 1)
+            lines[at] = lines[at][:place] + random.choice([*":{}[]'\"#*&|>%@,-0x", "\0", "\u2028", "${"]) + lines[at][place:]
+        case _:
+            place = random.randrange(len(lines[at]) + 1)
+            lines[at] = lines[at][:place] + lines[at][place + random.randrange(1, 9) :]
+    return "\n".join(lines)
+
+
+async def test_o13_five_hundred_damaged_files_are_taken_whole_or_not_at_all(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, log: list[Any]
+) -> None:
+    for name in ("GATEWAY_SECRET", "TWILIO_AUTH_TOKEN", "PLIVO_AUTH_TOKEN", "AGENT_TOKEN"):
+        monkeypatch.setenv(name, LONG)
+    text = (Path(__file__).parent.parent / "config" / "examples" / "plivo-and-twilio.yaml").read_text()
+    text = text.replace("0.0.0.0:8080", "127.0.0.1:0")
+    gateway.path.write_text(text)
+    gateway.server = make_server(config.load(gateway.path))
+    await gateway.server.start()
+    gateway.reload = Reload(gateway.path, gateway.server)
+    random = Random(13)
+    server = gateway.server
+    for _ in range(500):
+        before = server.settings, server.providers, server.house
+        gateway.path.write_text(damaged(text, random), encoding="utf-8")
+        said = ""
+        try:
+            await gateway.reload()
+        except ConfigError as error:
+            said = str(error)
+        if said:
+            assert all(held is now for held, now in zip(before, (server.settings, server.providers, server.house), strict=True))
+            assert LONG not in said
+        else:
+            new, _ = merge(before[0], config.load(gateway.path))
+            assert (new, [*new.providers]) == (server.settings, [*server.providers])
+            assert server.settings is server.house.settings
+    assert 500 == sum(gateway.reload.outcomes.values())
+    assert min(gateway.reload.outcomes.values()) > 100
 
 
 def test_every_key_is_either_applied_or_takes_a_restart() -> None:
