@@ -409,7 +409,7 @@ class WebsocketLink:
                     ring.put_back(entry)
                     raise
                 if self._stopped:
-                    await connection.socket.close()
+                    await self._part(connection.socket)
                     return
                 if messages == MESSAGES_IN_A_ROW:
                     self._more = True
@@ -419,6 +419,14 @@ class WebsocketLink:
             return
         self._full = connection.level > FULL_BYTES
         self._watch(connection, now)
+
+    async def _part(self, socket: ServiceSocket) -> None:
+        """Close in an orderly way; what a service that does not answer has not taken by then is not waited for."""
+        try:
+            await socket.close()
+        finally:
+            if socket.close_code in (None, 1006):
+                socket.transport.abort()
 
     async def _send(self, connection: _Connection, entry: Frame | Word | Hole) -> None:
         socket = connection.socket

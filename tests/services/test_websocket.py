@@ -401,6 +401,25 @@ async def test_d5_a_service_that_pauses_is_told_the_gaps_of_what_did_not_fit(lau
     assert 1 == len(service.links)
 
 
+async def test_d5_a_call_that_ends_does_not_wait_for_a_stalled_service(launch: Launch) -> None:
+    async with RecordingService(small_buffers=True) as service:
+        server = await launch(services={"agent": agent(service, media_format=PCM48)})
+        async with caller(server, pace="fast") as call:
+            link = await service.connected()
+            link.stall()
+            await call.speak(ledger(0, 100))
+            await asyncio.sleep(0.1)
+            (here,) = (link for stream in server.streams.values() for link in stream._links)
+            assert isinstance(here, websocket.WebsocketLink)
+            connection = here._connection
+            assert connection is not None
+            await call.hangup()
+        async with asyncio.timeout(3):
+            while server.streams or not connection.socket.transport.is_closing():  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        assert 0 == connection.socket.transport.get_write_buffer_size()
+
+
 # --- D6: rubbish ---
 
 
