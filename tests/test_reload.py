@@ -387,6 +387,36 @@ async def test_other_certificate_files_count_for_new_connections(gateway: Gatewa
     assert serial == await two.serial(gateway.server.port)
 
 
+# --- by the operators' listener -------------------------------------------------------------------------------------------------
+
+
+async def test_operators_reload_and_see_what_came_of_it(gateway: Gateway) -> None:
+    await gateway.start(admin="127.0.0.1:0")
+    gateway.server.hooks.reload, gateway.server.hooks.reloads = gateway.reload, gateway.reload.outcomes
+    assert gateway.server.admin is not None
+    admin = f"http://127.0.0.1:{gateway.server.admin.port}"
+    providers = gateway.document["providers"] | {"second": {"kind": "twilio_media_streams", "auth": "none"}}
+    async with aiohttp.ClientSession() as http:
+
+        async def ask(method: str, path: str) -> tuple[int, str]:
+            async with http.request(method, admin + path) as response:
+                return response.status, await response.text()
+
+        gateway.write(providers=providers)
+        status, said = await ask("POST", "/reload")
+        assert (202, {"changed": ["providers.second"], "kept": [], "warnings": []}) == (status, json.loads(said)["result"])
+        assert "second" in json.loads((await ask("GET", "/config"))[1])["providers"]
+        async with TwilioMedia(await gateway.answer(sid(1), "second"), call_sid=sid(1)) as call:
+            await call.speak(MULAW[:320])
+            assert 'telephony_calls_active{provider="second"} 1.0' in (await ask("GET", "/metrics"))[1]
+            await call.hangup()
+        gateway.write(hold_ms=-1)
+        status, said = await ask("POST", "/reload")
+        assert 422 == status
+        assert f"{gateway.path}:1:" in said
+        assert "hold_ms: out of range" in said
+
+
 # --- the signal -----------------------------------------------------------------------------------------------------------------
 
 
