@@ -81,7 +81,8 @@ class Door:
         try:
             self._providers[name].authenticate(request)
         except SignatureMismatch as error:
-            self.remarks.tell("signature_refused", now, provider=name, why=str(error), tried=error.tried)
+            if self.remarks.due("signature_refused", now):
+                self.remarks.tell("signature_refused", now, provider=name, why=str(error), tried=error.tried)
             raise Refused(403, "signature") from None
 
     def announce(self, name: str, call: Call, route: str, now: float) -> str:
@@ -158,9 +159,15 @@ class Remarks:
         self._last: dict[str, float] = {}
         self._untold: dict[str, int] = {}
 
-    def tell(self, event: str, now: float, log: Callable[..., object] | None = None, **values: object) -> None:
+    def due(self, event: str, now: float) -> bool:
+        """Whether `tell` would write a line; if not, the event is counted. For what is dear to describe."""
         if now - self._last.get(event, float("-inf")) < REMARK_SECS:
             self._untold[event] = self._untold.get(event, 0) + 1
+            return False
+        return True
+
+    def tell(self, event: str, now: float, log: Callable[..., object] | None = None, **values: object) -> None:
+        if not self.due(event, now):
             return
         self._last[event] = now
         (log or self._log)(event, untold=self._untold.pop(event, 0), **values)

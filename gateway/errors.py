@@ -12,6 +12,8 @@ GatewayError
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class GatewayError(Exception):
     """Root of everything this project raises on purpose."""
@@ -36,9 +38,14 @@ class MalformedFrame(RemoteError):
 class SignatureMismatch(RemoteError):
     """The request was not signed with the account's secret. `tried` are the URL forms it was checked against, fit for a log."""
 
-    def __init__(self, why: str, tried: tuple[str, ...] = ()) -> None:
+    def __init__(self, why: str, tried: Callable[[], tuple[str, ...]] = tuple) -> None:
+        """`tried` is asked only when somebody wants to know: refusals are many and log lines few."""
         super().__init__(why)
-        self.tried = tried
+        self._tried = tried
+
+    @property
+    def tried(self) -> tuple[str, ...]:
+        return self._tried()
 
 
 class LocalError(GatewayError):

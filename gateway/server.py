@@ -23,20 +23,21 @@ from gateway.errors import MalformedFrame
 from gateway.events import StopReason
 from gateway.figures import Figures
 from gateway.metrics import Metrics, Standing
+from gateway.porter import Porters, Visitor
 from gateway.provider import Answer, Call, Provider, SignedRequest
 from gateway.routing import match
 from gateway.services.dialler import Dialler
 from gateway.settings import Settings, host_port
 from gateway.stream import FAREWELL_SECS, House, Stream
 from gateway.tls import CHECK_SECS, Certificate
-from gateway.tokens import LEEWAY_SECS, LIFETIME_SECS
+from gateway.tokens import LEEWAY_SECS, LIFETIME_SECS, Ticket
 from gateway.watchdog import Watchdog
 
 LARGEST_FRAME = 64 * 1024
 """Bytes of one frame or webhook body from a carrier; the largest legitimate frame is a start with many parameters."""
 
 HEARTBEAT_SECS = 10.0
-SLOW_HEADER_SECS = 5.0
+SLOW_HEADER_SECS = 4.0  # after the first bytes
 HANDSHAKE_SECS = 5.0
 BODY_SECS = 5.0
 """A webhook's body must be there by then."""
@@ -76,6 +77,7 @@ class Server:
         self.admin: Admin | None = None
         self._runner: web.AppRunner | None = None
         self._listener: asyncio.Server | None = None
+        self._porters: Porters | None = None
         self._certificate: Certificate | None = None
         self._next_check: asyncio.TimerHandle | None = None
         self._announced: dict[tuple[str, str], tuple[float, Rules]] = {}
@@ -120,9 +122,10 @@ class Server:
         await self._runner.setup()
         host, port = host_port(self.settings.listen)
         handler: Any = self._runner.server
+        self._porters = Porters(handler, self._admits)
         try:
             self._listener = await loop.create_server(
-                handler,
+                self._porters,
                 host,
                 port,
                 backlog=BACKLOG,
@@ -174,6 +177,8 @@ class Server:
             self._next_check.cancel()
         if self._listener is not None:
             self._listener.close()
+        if self._porters is not None:
+            self._porters.close()
         for stream in [*self.streams.values()]:
             stream.session.close_code = aiohttp.WSCloseCode.GOING_AWAY
             stream.end(StopReason.DRAIN)
@@ -278,10 +283,8 @@ class Server:
             return web.Response(text="a carrier's WebSocket connects here\n")  # load balancers ask like this
         now = self._now()
         # First the ticket, for nothing refuses at a lower price.
-        ticket = rules.house.door.ticket(name, request.match_info.get("token", ""), now)
-        if ticket is not None:
-            _, rules = self._announced.get((name, ticket.call_id), (now, rules))
-        elif name not in self.providers:
+        rules, ticket = self._ticket(name, rules, request.match_info.get("token", ""), now)
+        if ticket is None and name not in self.providers:
             raise web.HTTPNotFound(text="")
         house, provider, door = rules.house, rules.providers[name], rules.house.door
         address = door.address(request.remote, ",".join(request.headers.getall("X-Forwarded-For", ())), now)
@@ -304,6 +307,27 @@ class Server:
             raise
         await stream.run()
         return socket
+
+    def _admits(self, visitor: Visitor) -> bool:
+        """Whether a stream's token and signature are good. Of a provider that is not there, the HTTP server says so."""
+        name, now = visitor.provider, self._now()
+        if name not in self.providers:
+            return True
+        try:
+            rules, _ = self._ticket(name, self._rules, visitor.token, now)
+            request = SignedRequest("GET", self.settings.base_url(self.port) + visitor.path, visitor.headers)
+            rules.house.door.authenticate(name, request, now)
+        except Refused as refused:
+            self.house.totals.refuse(name, refused.reason)
+            return False
+        return True
+
+    def _ticket(self, name: str, rules: Rules, token: str, now: float) -> tuple[Rules, Ticket | None]:
+        """What a stream's token says, and what its call goes by. Raises Refused."""
+        ticket = rules.house.door.ticket(name, token, now)
+        if ticket is not None:
+            _, rules = self._announced.get((name, ticket.call_id), (now, rules))
+        return rules, ticket
 
     # --- for all ---
 

@@ -95,7 +95,7 @@ def equal(presented: bytes, expected: bytes) -> bool:
 
 def mismatch(why: str, tried: Iterable[str]) -> SignatureMismatch:
     """The refusal, with the URL forms that were tried: no credentials, no values of the query, no tokens of the path."""
-    return SignatureMismatch(why, tuple(dict.fromkeys(shown(url) for url in tried)))
+    return SignatureMismatch(why, lambda: tuple(dict.fromkeys(shown(url) for url in tried)))
 
 
 def shown(url: str) -> str:
