@@ -64,7 +64,7 @@ def _secrets(given: Mapping[KeyPath, Given]) -> Advice:
 
 
 def _unused(settings: Settings) -> Advice:
-    wanted = {name for route in settings.routes for name in route.service}
+    wanted = {name for route in settings.routes for name in (*route.service, *route.listeners)}
     for name in settings.services:
         if name not in wanted:
             yield ("services", name), "no route leads to it; name it in a route, or take it out"

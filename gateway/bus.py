@@ -17,7 +17,7 @@ Watcher = Callable[[str, Event], None]
 
 
 class Subscription:
-    """One consumer's bounded queue of one stream's events, audio of one track only.
+    """One consumer's bounded queue of one stream's events, audio of one track only, or of both with `both`.
 
     `offer` never blocks: beyond `capacity_ms` the oldest audio is dropped, counted, and told as one `Gap` in its place.
     """
@@ -28,8 +28,11 @@ class Subscription:
         self._format = media_format
         self._capacity = media_format.bytes_for(capacity_ms) if media_format is not None else 0
         self.track = track
+        self.both = False
+        """Whether audio of the other track is queued as well; figures are of `track` alone."""
         self._chunks = 0  # of audio in the queue
-        self._shed = 0  # bytes dropped and not yet told
+        self._queued = 0  # bytes of audio in the queue, of whichever track
+        self._shed: dict[Track, int] = {}  # bytes dropped and not yet told
         self.audio_bytes = 0
         """Bytes of audio in the queue."""
         self.taken_bytes = 0
@@ -44,12 +47,14 @@ class Subscription:
     def offer(self, event: Event) -> None:
         """Queue an event, shedding the oldest audio if there is no room."""
         if type(event) is Audio:
-            if event.track is not self.track:
+            if event.track is self.track:
+                self.audio_bytes += len(event.payload)
+            elif not self.both:
                 return
-            self.audio_bytes += len(event.payload)
+            self._queued += len(event.payload)
             self._chunks += 1
             self._events.append(event)
-            if self.audio_bytes > self._capacity:
+            if self._queued > self._capacity:
                 self._make_room()
         else:
             if len(self._events) - self._chunks >= MOST_EVENTS and type(event) is not Stop:
@@ -77,25 +82,30 @@ class Subscription:
         events = list(self._events)
         self._events.clear()
         self.taken_bytes += self.audio_bytes
-        self.audio_bytes = self._chunks = 0
+        self.audio_bytes = self._chunks = self._queued = 0
         if self._shed and self._format is not None:
             # What was shed was the oldest: it is missing before the first audio left.
             at = next((i for i, event in enumerate(events) if type(event) is Audio), len(events))
-            events.insert(at, Gap(round(self._format.duration_ms(self._shed)), self.track, GapReason.OVERFLOW))
-            self._shed = 0
+            for track, size in self._shed.items():
+                events.insert(at, Gap(round(self._format.duration_ms(size)), track, GapReason.OVERFLOW))
+            self._shed.clear()
         return events
 
     def _make_room(self) -> None:
-        while self.audio_bytes > self._capacity and self._chunks > 1:  # the newest chunk is never too much
+        while self._queued > self._capacity * (2 if self.both else 1) and self._chunks > 1:  # the newest chunk is never too much
             # Audio is near the front: everything before it is a handful of other events.
             at = next(i for i, event in enumerate(self._events) if type(event) is Audio)
             event = self._events[at]
             del self._events[at]
-            size = len(event.payload) if isinstance(event, Audio) else 0
-            self.audio_bytes -= size
+            if not isinstance(event, Audio):
+                raise TypeError(type(event))
+            size = len(event.payload)
+            self._queued -= size
             self._chunks -= 1
-            self.dropped_bytes += size
-            self._shed += size
+            self._shed[event.track] = self._shed.get(event.track, 0) + size
+            if event.track is self.track:
+                self.audio_bytes -= size
+                self.dropped_bytes += size
 
 
 class Channel:
@@ -116,6 +126,10 @@ class Channel:
 
     def subscribe(self, subscription: Subscription) -> None:
         self._subscriptions.append(subscription)
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        """It gets nothing any more."""
+        self._subscriptions = [each for each in self._subscriptions if each is not subscription]
 
 
 class Bus:

@@ -377,15 +377,22 @@ class _Reader:
             if label in self._labels:
                 self._report(nodes["name"], (*path, "name"), "a second route of this name", "choose another", shown=shown(label))
             self._labels.add(label)
-        services = values.get("service")
-        if not isinstance(services, tuple) or "service" not in nodes:
-            return
-        at = nodes["service"]
-        if not services:
-            self._report(at, (*path, "service"), "an empty list", "name one of `services`")
-        for name, node in zip(services, at.items or [at], strict=False):
-            if name not in (_BAD, *self._known.get("service", (name,))):
-                self._unknown(node, (*path, "service"), "service", name, self._known["service"])
+        speakers: Any = values.get("service") if isinstance(values.get("service"), tuple) else ()
+        if not speakers and "service" in nodes and values["service"] is not _BAD:
+            self._report(nodes["service"], (*path, "service"), "an empty list", "name one of `services`")
+        for key in ("service", "listeners"):
+            names: Any = values.get(key)
+            if not isinstance(names, tuple) or key not in nodes:
+                continue
+            at = nodes[key]
+            for place, (name, node) in enumerate(zip(names, at.items or [at], strict=False)):
+                if name not in (_BAD, *self._known.get("service", (name,))):
+                    self._unknown(node, (*path, key), "service", name, self._known["service"])
+                elif key == "listeners" and name is not _BAD and name in speakers:
+                    hint = "what it hears of the call it gets as the speaker already; take it out here"
+                    self._report(node, (*path, key), "speaks on this route", hint, shown=shown(name))
+                elif key == "listeners" and name is not _BAD and name in names[:place]:
+                    self._report(node, (*path, key), "listens already", "name it once", shown=shown(name))
 
     # -- scalars
 

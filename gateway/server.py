@@ -101,6 +101,7 @@ class Server:
             bus=self.bus,
             clock=Clock(loop),
             dialler=Dialler(f"telephony-audio-gateway/{__version__}"),
+            listening=Dialler(f"telephony-audio-gateway/{__version__}"),
             door=Door(self.settings, self.providers, self._log, remarks),
         )
         app = web.Application(client_max_size=LARGEST_FRAME, middlewares=[self._observe])
@@ -185,6 +186,7 @@ class Server:
         if self._runner is not None:
             await self._runner.cleanup()
         await self.house.dialler.close()
+        await self.house.listening.close()
         self.house.door.close()
         if self.admin is not None:  # last: an end can be watched
             await self.admin.stop()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from ipaddress import ip_address, ip_network
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -17,6 +18,7 @@ from msgspec import Meta, Struct, structs
 from gateway.media import Encoding, MediaFormat, Track
 
 MASKED = "***"
+_NAME_FIELDS = ("date", "time", "provider", "call_id", "session")
 
 
 def host_port(address: str) -> tuple[str, int]:
@@ -84,6 +86,27 @@ def _bearer(text: str) -> None:
         raise ValueError('the word "Bearer" is added for you; write the token alone')
     if not text.isascii() or not text.isprintable() or " " in text or not text:
         raise ValueError("a bearer token is printable ASCII without spaces")
+
+
+def _directory(text: str) -> None:
+    if not text.strip() or not text.isprintable():
+        raise ValueError("not a directory; write for instance /var/lib/gateway/recordings")
+    if Path(text).exists() and not Path(text).is_dir():
+        raise ValueError("a file, where a directory is wanted; write another name")
+
+
+def _file_name(text: str) -> None:
+    fields = re.findall(r"\{([^{}]*)\}", text)
+    for field in fields:
+        if field in ("caller", "called", "from", "to", "number"):
+            raise ValueError("a phone number does not belong into a file's name; use {call_id} or {session}")
+        if field not in _NAME_FIELDS:
+            raise ValueError(f"knows no {{{field}}}; use {', '.join(f'{{{each}}}' for each in _NAME_FIELDS)}")
+    if "session" not in fields:
+        raise ValueError('does not tell streams apart; add {session}, for instance "{time}-{session}"')
+    rest = re.sub(r"\{[^{}]*\}", "x", text)
+    if not re.fullmatch(r"[A-Za-z0-9_-]+([/.][A-Za-z0-9_-]+)*", rest):
+        raise ValueError("is not a name inside the directory; use letters, digits, - _ . and / between them")
 
 
 def _pattern(text: str) -> None:
@@ -173,7 +196,22 @@ class EchoService(Struct, frozen=True, tag_field="kind", tag="echo"):
     delay_ms: Annotated[int, Meta(ge=0, le=60_000)] = 0
 
 
-Service = WebsocketService | EchoService
+class RecorderService(Struct, frozen=True, tag_field="kind", tag="recorder"):
+    """The embedded recorder: a stereo WAV of each stream (left the caller, right what the caller heard) and a log of its events.
+
+    directory: where the files go, made if it is not there, for this user's eyes only; required.
+    format: how the audio is written, 16-bit stereo at the carrier's rate.
+    name: what files are called, without their ending, of `{date}`, `{time}`, `{provider}`, `{call_id}` and `{session}`.
+    transcripts: whether the log has the words that were recognized and spoken.
+    """
+
+    directory: Annotated[str, Meta(extra={"check": _directory})]
+    format: Literal["wav"] = "wav"
+    name: Annotated[str, Meta(extra={"check": _file_name})] = "{time}-{session}"
+    transcripts: bool = False
+
+
+Service = WebsocketService | EchoService | RecorderService
 
 
 class Route(Struct, frozen=True):
@@ -185,6 +223,7 @@ class Route(Struct, frozen=True):
     called: pattern of the number or SIP URI that was called, `*` any text, `?` one character; default any.
     caller: pattern of the number or SIP URI that calls; default any.
     on_lost: what follows when a service that had the call stays away: end the call (`hangup`), or the list's `next` one.
+    listeners: names of further services that hear the call and can't speak on it, slow it or break it, a list; default none.
     """
 
     service: tuple[str, ...]
@@ -193,6 +232,7 @@ class Route(Struct, frozen=True):
     caller: Pattern | None = None
     name: RouteName | None = None
     on_lost: Literal["hangup", "next"] = "hangup"
+    listeners: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import uuid
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from time import monotonic
+from typing import Literal
 
 import aiohttp
 from aiohttp import web
@@ -17,16 +19,18 @@ from gateway.clock import Clock
 from gateway.door import Door, Pass
 from gateway.events import Audio, BargeIn, Checkpoint, Clear, Command, Event, Flow, Speech, Spoken, Start, StopReason
 from gateway.figures import Figures, measure
+from gateway.listeners import Listeners
 from gateway.media import Track
 from gateway.metrics import Totals
 from gateway.provider import Codec
 from gateway.routing import match
-from gateway.services import Link, ServiceLost
+from gateway.services import Line, Link, ServiceLost
 from gateway.services.dialler import Dialler
 from gateway.services.echo import EchoLink
+from gateway.services.recorder import RecorderLink
 from gateway.services.websocket import WebsocketLink
 from gateway.session import Session
-from gateway.settings import EchoService, Route, Service, Settings, WebsocketService
+from gateway.settings import EchoService, RecorderService, Route, Service, Settings, WebsocketService
 from gateway.stopwatch import EVERY, Stopwatch
 
 FAREWELL_SECS = 2.0
@@ -55,6 +59,8 @@ class House:
     bus: Bus
     clock: Clock
     dialler: Dialler
+    listening: Dialler
+    """Dials listeners: those that can't be reached take no turn from a service that speaks."""
     door: Door
     streams: dict[str, Stream] = field(default_factory=dict)
     """By session id."""
@@ -94,6 +100,7 @@ class Stream:
         self._tasks: asyncio.TaskGroup
         self._serving: asyncio.Task[None] | None = None
         self._links: list[Link] = []
+        self._listeners: Listeners | None = None
         self._began = self._loop.time()
         self._armed = float("inf")
         self._lead_ms = codec.limits.lead_ms
@@ -126,12 +133,14 @@ class Stream:
                         await asyncio.wait([self._serving], timeout=FAREWELL_SECS)
                         self._serving.cancel()
                     writing.cancel()
+                    self._depart()  # listeners may take their time: the call is over
+                    if self._listeners is not None:
+                        await self._listeners.finish(FAREWELL_SECS)
         except Exception:
             self.log.exception("stream_failed")
             await self._socket.close(code=aiohttp.WSCloseCode.INTERNAL_ERROR)
         finally:
-            self._leave()
-            self._summarize()
+            self._depart()
 
     def end(self, reason: StopReason) -> None:
         """End the stream from outside; the first reason counts."""
@@ -168,6 +177,9 @@ class Stream:
 
     def fault(self, code: str, message: str, ref: str | int | None) -> None:
         self.session.fault(code, message, ref)
+
+    def report(self, code: str, message: str) -> None:
+        self.session.fault(code, message)
 
     # --- carrier to gateway ---
 
@@ -239,6 +251,13 @@ class Stream:
         self.subscription = Subscription(start.media_format, capacity_ms=settings.hold_ms, track=track)
         self._channel.subscribe(self.subscription)
         self._serving = self._tasks.create_task(self._serve(route))
+        if any(_hears_playout(settings.services[name]) for name in (*route.service, *route.listeners)):
+            self.session.follow_playout(self._loop.time())
+        if route.listeners:
+            self._listeners = Listeners(self, self._channel, self._house.listening, capacity_ms=settings.hold_ms)
+            for name in route.listeners:
+                service = settings.services[name]
+                self._listeners.add(self._tasks, name, service, partial(_link, [(name, service)], route=route, role="listener"))
 
     def _route(self, start: Start) -> Route | None:
         """The route that the webhook chose, or else the one for what the start frame says."""
@@ -257,6 +276,12 @@ class Stream:
             older.session.close_code = REPLACED
             older.end(StopReason.CARRIER_CLOSED)
         self._house.conversations[key] = self
+
+    def _depart(self) -> None:
+        """The call is over, whoever still listens."""
+        if self.session_id in self._house.streams:
+            self._leave()
+            self._summarize()
 
     def _leave(self) -> None:
         """Give back everything this stream held of the house."""
@@ -389,12 +414,19 @@ def _groups(services: list[Named]) -> list[list[Named]]:
     return [[*group] for _, group in groupby(services, key=lambda each: type(each[1]))]
 
 
-def _link(group: list[Named], stream: Stream, route: Route) -> Link:
+def _hears_playout(service: Service) -> bool:
+    """Whether it wants what the caller hears."""
+    return isinstance(service, RecorderService) or (isinstance(service, WebsocketService) and service.track is Track.OUTBOUND)
+
+
+def _link(group: list[Named], line: Line, route: Route, role: Literal["speaker", "listener"] = "speaker") -> Link:
     """A link to the first of these services that takes the call; all are of one kind."""
     service = group[0][1]
     match service:
         case EchoService():
-            return EchoLink(group[0][0], service, stream)
+            return EchoLink(group[0][0], service, line)
+        case RecorderService():
+            return RecorderLink(group[0][0], service, line)
         case WebsocketService():
             several = [(name, each) for name, each in group if isinstance(each, WebsocketService)]
-            return WebsocketLink(several, stream, on_lost=route.on_lost)
+            return WebsocketLink(several, line, on_lost=route.on_lost, role=role)

@@ -20,7 +20,7 @@ import providers
 from gateway import cli, config, schema, yaml_nodes
 from gateway.errors import ConfigError
 from gateway.media import MULAW_8K, Encoding, MediaFormat, Track
-from gateway.settings import EchoService, ProviderEntry, Route, Settings, Tls, WebsocketService
+from gateway.settings import EchoService, ProviderEntry, RecorderService, Route, Settings, Tls, WebsocketService
 from tests.test_tls import Files
 
 ROOT = Path(__file__).parent.parent
@@ -409,7 +409,15 @@ BROKEN: list[tuple[str, str]] = [
     (with_provider("auth: none, media_format: ‸{encoding: mulaw}"), "providers.p.media_format: missing key sample_rate"),
     (with_provider("auth: $‸{X}"), 'a reference needs quotes: "${VAR}"'),
     # services
-    (with_service("kind: ‸recorder"), "services.echo.kind: unknown kind: 'recorder'; known: websocket, echo"),
+    (with_service("kind: ‸recordr"), "unknown kind: 'recordr'; did you mean recorder? known: websocket, echo, recorder"),
+    (with_service("kind: recorder, directory: ‸/etc/hosts"), "services.echo.directory: a file, where a directory is wanted"),
+    (with_service('kind: recorder, directory: r, name: ‸"{session}{caller}"'), "a phone number does not belong into a file's"),
+    (with_service('kind: recorder, directory: r, name: ‸"{time}"'), "does not tell streams apart"),
+    (with_service('kind: recorder, directory: r, name: ‸"../{session}"'), "is not a name inside the directory"),
+    (with_service('kind: recorder, directory: r, name: ‸"{session}{day}"'), "knows no {day}"),
+    (with_service("kind: recorder, directory: r, format: ‸mp3"), "unknown value: 'mp3'"),
+    (with_route("{service: echo, listeners: ‸a}"), "routes[0].listeners: unknown service: 'a'; known: echo"),
+    (with_route("{service: echo, listeners: [‸echo]}"), "routes[0].listeners: speaks on this route: 'echo'"),
     (
         "services:\n  echo: ‸{delay_ms: 3}\n" + PROVIDERS + ROUTES,
         "services.echo: missing key kind; write kind: and one of websocket, echo",
@@ -435,7 +443,7 @@ BROKEN: list[tuple[str, str]] = [
     (with_route("{provider: ‸q, service: echo}"), "routes[0].provider: unknown provider: 'q'; known: p"),
     (with_route("‸{}"), "routes[0]: missing key service; expected text"),
     (with_route("‸echo"), "routes[0]: expected keys and values: 'echo'"),
-    (with_route("{service: echo, ‸listeners: [a]}"), "unknown key: 'listeners'; known: service, provider, called, caller, name"),
+    (with_route("{service: echo, ‸listener: [a]}"), "unknown key: 'listener'; did you mean listeners? known: service"),
     (with_route("{called: ‸+14155550100, service: echo}"), "a number: '+14155550100'; write it in quotes: \"+14155550100\""),
     (with_route("{called: ‸911, service: echo}"), "YAML reads this as a number: '911'; write it in quotes: \"911\""),
     (with_route("{caller: ‸no, service: echo}"), "YAML reads this as true or false: 'no'; write it in quotes: \"no\""),
@@ -469,7 +477,7 @@ providers:
   a: {kind: twilio_media_stream, auth: none}
   b: {kind: acme.carrier, auth: none, gain: loud, nois: 1}
 services:
-  x: {kind: recorder}
+  x: {kind: recordr}
 routes:
   - {service: y}
 """
@@ -613,6 +621,7 @@ def sections() -> dict[str, type[msgspec.Struct]]:
         **{f"`providers`: `kind: {kind}`": providers.load(kind).Config for kind in providers.names()},
         "`services`: `kind: websocket`": WebsocketService,
         "`services`: `kind: echo`": EchoService,
+        "`services`: `kind: recorder`": RecorderService,
         "`routes`: each": Route,
     }
     for struct in [*found.values()]:
@@ -756,7 +765,7 @@ def test_the_example_has_every_option() -> None:
         for alternative in wanted & in_comments:
             block = text[text.index(f"kind: {kind}") :]
             assert f"# {alternative}: " in block[: block.index("kind:", 10)]
-    for service in (WebsocketService, EchoService):
+    for service in (WebsocketService, EchoService, RecorderService):
         (entry,) = [entry for entry in tree["services"].values() if entry["kind"] == service.__struct_config__.tag]
         assert {*entry} == {"kind", *keys_of(service)}
     assert set().union(*tree["routes"]) == {*keys_of(Route)}

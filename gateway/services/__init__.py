@@ -49,6 +49,10 @@ class Line(Protocol):
         """Have the service told that its message was refused."""
         ...
 
+    def report(self, code: str, message: str) -> None:
+        """Have everybody who follows the stream told that something of the gateway's own has failed."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class LinkFigures:

@@ -39,6 +39,9 @@ SLICE_BYTES = 32 * 1024
 MESSAGES_IN_A_ROW = 8
 """After so many messages from or to one service, other calls have their turn: a thousand replays go on side by side."""
 
+LISTENER_UNITS_PER_SEC, UNIT_BYTES = 100.0, 8 * 1024
+"""What is read of a listener, which has nothing to say but `ready` and `ack`: so many messages a second, long ones count more."""
+
 FAULTS_PER_SEC = 20.0
 """Mistakes of one service that are told each second; the others are counted."""
 
@@ -106,8 +109,11 @@ class WebsocketLink:
         line: Line,
         *,
         on_lost: Literal["hangup", "next"] = "hangup",
+        role: Literal["speaker", "listener"] = "speaker",
     ) -> None:
         self._line = line
+        self._role = role
+        self._intake_rate = Limiter(LISTENER_UNITS_PER_SEC, LISTENER_UNITS_PER_SEC)
         self._loop = asyncio.get_running_loop()
         self._on_lost = on_lost
         self._left = [*services]
@@ -118,6 +124,7 @@ class WebsocketLink:
         self._tasks: asyncio.TaskGroup
         self._pumping: asyncio.Task[None] | None = None
         self._connection: _Connection | None = None
+        self._socket: ServiceSocket | None = None
         self._intake: Intake | None = None
         self._protocol: NativeCarrier
         self._shape: object = None
@@ -174,6 +181,8 @@ class WebsocketLink:
         finally:
             if self._ack_timer is not None:
                 self._ack_timer.cancel()
+            if self._socket is not None:
+                self._socket.cut()  # unless it is closed by now, nobody will do it any more
 
     @property
     def _ring(self) -> Ring:
@@ -190,7 +199,7 @@ class WebsocketLink:
             self._name, self._service = self._round.pop(0)
             ended = await self._attempt()
             if self._stopped or ended.verdict is Verdict.DONE:
-                if not self._stopped:
+                if not self._stopped and self._role == "speaker":
                     self._line.perform(Stop())  # a service that closes without a word is done: the same as `stop`
                 return
             now = self._loop.time()
@@ -232,6 +241,7 @@ class WebsocketLink:
             socket = await self._line.dialler.dial(self._name, self._service)
         except Unreachable as error:
             return _Ended(Verdict.FINAL if error.final else Verdict.RETRY, str(error))
+        self._socket = socket
         connection = _Connection(socket, self._loop.time())
         try:
             if socket.selected not in (None, SUBPROTOCOL_RAW, SUBPROTOCOL_FRAMED):
@@ -240,7 +250,7 @@ class WebsocketLink:
         finally:
             self._connection = None
             if not self._stopped and connection.closing is None:
-                socket.transport.abort()
+                socket.cut()
         self._lost(connection, ended)
         return ended
 
@@ -264,16 +274,28 @@ class WebsocketLink:
             try:
                 async with asyncio.timeout(READY_SECS):
                     while ended is None and not connection.established:
-                        ended = await self._take(connection, await socket.receive())
+                        ended = await self._take(connection, await self._receive(socket))
             except TimeoutError:
                 return self._hang_up(connection, 4008, f"was not ready within {READY_SECS:g} s")
         messages = 0
         while ended is None:
-            ended = await self._take(connection, await socket.receive())
+            ended = await self._take(connection, await self._receive(socket))
             messages += 1
             if not messages % MESSAGES_IN_A_ROW:
                 await asyncio.sleep(0)
         return ended
+
+    async def _receive(self, socket: ServiceSocket) -> WSMessage:
+        message = await socket.receive()
+        if self._role == "listener":
+            wait = 0.0
+            for _ in range(
+                1 + len(message.data or b"") // UNIT_BYTES if message.type in (WSMsgType.TEXT, WSMsgType.BINARY) else 0
+            ):
+                wait = self._intake_rate.reserve(self._loop.time())
+            if wait:
+                await asyncio.sleep(wait)  # what comes meanwhile stays in its own connection
+        return message
 
     def _adopt(self) -> None:
         """Prepare for the service that is about to get the call."""
@@ -283,7 +305,7 @@ class WebsocketLink:
             session=line.session_id,
             provider=line.provider,
             kind=line.kind,
-            role="speaker",
+            role=self._role,
             track=service.track,
             media_format=None if carrier_format is None else service.media_format,
             frame_ms=service.frame_ms,
@@ -362,6 +384,8 @@ class WebsocketLink:
             self._round = []
         self._losses[self._name] += 1
         self._line.log.warning("service_away", service=self._name, error=ended.why)
+        if self._role == "listener":
+            return
         if not connection.framed and self._line.start.media_format is not None and (tail := self._downward.flush()):
             self._line.perform(Audio(tail))
         if self._service.on_away == "clear" and COMMAND_NAMES[Clear] in self._line.start.accepts:
@@ -476,7 +500,7 @@ class WebsocketLink:
             try:
                 await connection.socket.close(code=code)
             finally:
-                connection.socket.transport.abort()
+                connection.socket.cut()
 
         connection.closing = _Ended(verdict(code), f"{self._service.url} {why}", code)
         self._tasks.create_task(close())
@@ -527,6 +551,9 @@ class WebsocketLink:
         return _Ended(verdict(code), f"{self._service.url} closed the connection in mid-call (code {code})", code)
 
     async def _play(self, connection: _Connection, payload: bytes) -> None:
+        if self._role == "listener":
+            self._line.perform(Audio(b""))
+            return
         flags = begin = 0
         if connection.framed:
             try:
