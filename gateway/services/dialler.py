@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import suppress
 from socket import IPPROTO_TCP, SO_SNDBUF, SOL_SOCKET, AddressFamily
 from typing import Any
@@ -109,6 +109,7 @@ class Dialler:
         self._limiter = Limiter(FAILURES_PER_SEC, FAILURES_PER_SEC)
         self._news = asyncio.Event()
         self._scouts: set[str] = set()
+        self._dialling: Counter[str] = Counter()
         self.dials = 0
 
     async def close(self) -> None:
@@ -117,8 +118,16 @@ class Dialler:
 
     async def dial(self, name: str, service: WebsocketService) -> ServiceSocket:
         """A connection to the service called `name`. Raises Unreachable."""
-        async with self._handshakes[name]:
-            return await self._dial(self._breakers[name], service)
+        self._dialling[name] += 1
+        try:
+            async with self._handshakes[name]:
+                return await self._dial(self._breakers[name], service)
+        finally:
+            self._dialling[name] -= 1
+
+    def busy(self, name: str) -> bool:
+        """Whether calls are being connected to the service called `name`: those that are already can wait with old audio."""
+        return self._dialling[name] > 0
 
     async def _dial(self, breaker: Breaker, service: WebsocketService) -> ServiceSocket:
         loop = asyncio.get_running_loop()

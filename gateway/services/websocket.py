@@ -51,6 +51,9 @@ FULL_BYTES = 16 * 1024
 POLL_SECS = 0.005
 """How often a full connection is looked at. Others need no timer."""
 
+YIELD_SECS = 0.05
+"""While other calls are still being connected to a service that is back, a replay pauses so long after each few messages."""
+
 SLOW_MS, FAST_MS = 1000, 500
 """A service that lags behind the caller by more is slow, until it lags by less."""
 
@@ -396,8 +399,10 @@ class WebsocketLink:
     async def _pump(self) -> None:
         """Events into the ring, and from the ring to the service, as long as the stream lasts."""
         while not self._stopped:
-            if self._full or self._more:
-                await asyncio.sleep(POLL_SECS if self._full else 0)
+            if self._more:
+                await asyncio.sleep(YIELD_SECS if self._line.dialler.busy(self._name) else 0)
+            elif self._full:
+                await asyncio.sleep(POLL_SECS)
             else:
                 await self._line.subscription.wait()
             self._absorb()
