@@ -340,6 +340,10 @@ class Session:
 
     def _malformed(self, error: MalformedFrame, now: float) -> None:
         self._remark(self.bad, "bad_frame", error.reason, str(error))
+        if error.reason == "second_start":  # of another stream: whose audio comes after it, nobody could tell
+            self.close_code = 1008
+            self.end(StopReason.PROTOCOL_ERROR, now)
+            return
         if now - self._bad_since > BAD_FRAMES_SECS:
             self._bad_since, self._bad_recently = now, 0
         self._bad_recently += 1

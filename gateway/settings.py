@@ -286,7 +286,7 @@ class Settings(Struct, frozen=True):
     max_calls: Annotated[int, Meta(ge=1, le=100_000)] = 500
     max_calls_per_second: Annotated[float, Meta(gt=0, le=100_000)] = 50.0
     max_pending_per_address: Annotated[int, Meta(ge=1, le=100_000)] = 50
-    start_timeout_secs: Annotated[float, Meta(gt=0, le=60)] = 10.0
+    start_timeout_secs: Annotated[float, Meta(gt=0, le=60)] = 5.0
     capacity_ms: Annotated[int, Meta(ge=1_000, le=3_600_000)] = 120_000
     hold_ms: Annotated[int, Meta(ge=0, le=60_000)] = 5_000
     log_level: Literal["debug", "info", "warning", "error"] = "info"

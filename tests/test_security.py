@@ -448,7 +448,7 @@ async def test_f10_a_newer_stream_of_a_call_replaces_the_older(guarded: Any) -> 
     assert 0 == server.house.door.admission.calls
 
 
-async def test_f10_a_second_start_makes_no_second_stream(guarded: Any) -> None:
+async def test_f10_the_same_start_again_makes_no_second_stream(guarded: Any) -> None:
     server = await guarded()
     async with talking(server, "twilio", await stream_url(server, "twilio", "CA1"), "CA1") as call:
         await call.raw(start_frame("CA1", call.stream_sid))
@@ -457,6 +457,16 @@ async def test_f10_a_second_start_makes_no_second_stream(guarded: Any) -> None:
         assert (1, 1) == (len(server.streams), server.house.door.admission.active)
         await call.hangup()
     assert MULAW[:800] == played(call)
+    await until(lambda: not server.streams)
+    assert (0, 0) == (server.house.door.admission.calls, server.house.door.admission.pending)
+
+
+@pytest.mark.parametrize("call_id", ["CA1", "CA2"])
+async def test_f10_a_start_of_another_stream_on_the_same_socket_ends_it(guarded: Any, call_id: str) -> None:
+    server = await guarded()
+    async with talking(server, "twilio", await stream_url(server, "twilio", "CA1"), "CA1") as call:
+        await call.raw(start_frame(call_id, "MZ" + "9" * 32))
+        assert 1008 == await call.wait_closed()
     await until(lambda: not server.streams)
     assert (0, 0) == (server.house.door.admission.calls, server.house.door.admission.pending)
 
