@@ -71,7 +71,7 @@ class Server:
         self.port = 0
         self.house: House
         self._log: FilteringBoundLogger = structlog.get_logger("gateway")
-        self.hooks = Hooks()
+        self.hooks = Hooks(drain=self.drain)
         self.watchdog = Watchdog(self._log)
         """Runs if there is an `admin`, or whoever made the server starts it. `stop` ends it."""
         self.admin: Admin | None = None
@@ -172,6 +172,12 @@ class Server:
             else:
                 self._certificate.check(force=True)
 
+    def drain(self) -> None:
+        """No new calls from now on, and not ready for any; those that there are, and their streams, go on. Then `stop`."""
+        if not self.hooks.draining:
+            self.hooks.draining = True
+            self._log.info("draining", live_streams=len(self.streams))
+
     async def stop(self) -> None:
         """Stop listening; end every live stream properly."""
         if self._next_check is not None:
@@ -232,9 +238,10 @@ class Server:
         route = match(rules.house.settings.routes, provider=name, called=call.called, caller=call.caller)
         label = route.label if route is not None else ""
         try:
-            if self.watchdog.overloaded() and (name, call.call_id) not in self.house.conversations:
-                rules.house.door.remarks.tell("call_refused", self._now(), provider=name, reason="loop_lag")
-                raise Refused(503, "loop_lag")
+            reason = "draining" if self.hooks.draining else "loop_lag" if self.watchdog.overloaded() else None
+            if reason is not None and (name, call.call_id) not in self.house.conversations:
+                rules.house.door.remarks.tell("call_refused", self._now(), provider=name, reason=reason)
+                raise Refused(503, reason)
             token = rules.house.door.announce(name, call, label, self._now())
         except Refused as refused:
             self.house.totals.refuse(name, refused.reason)

@@ -17,7 +17,7 @@ from gateway.errors import ConfigError
 from gateway.server import Server
 from tests.conftest import Launch
 from tests.doubles import ConversationRelay, Plivo, RecordingService, TwilioMedia
-from tests.test_end_to_end import MULAW, stream_url
+from tests.test_end_to_end import MULAW, played, stream_url
 
 TOKEN = "correct horse battery staple".replace(" ", "-")
 CALLER, CALLED = "+14155550123", "+14155550199"
@@ -163,6 +163,7 @@ async def test_every_error_is_a_sentence_in_json(
     launch: Launch, operator: Operator, monkeypatch: pytest.MonkeyPatch, log: list[Any]
 ) -> None:
     server = await launch(admin=ADMIN)
+    server.hooks.drain = None
     for method, path, expected in (
         ("GET", "/etc/passwd", 404),
         ("DELETE", "/calls", 405),
@@ -280,6 +281,34 @@ async def test_an_operator_presses_keys(launch: Launch, operator: Operator) -> N
         assert "12#" == "".join(call.dtmf)
         await call.hangup()
     assert [] == call.violations
+
+
+async def test_a_process_that_drains_takes_no_new_calls_and_keeps_those_it_has(launch: Launch, operator: Operator) -> None:
+    server = await launch(admin=ADMIN)
+
+    async def asks(call_id: str) -> bool:
+        """Whether a call's webhook is answered with a stream."""
+        async with aiohttp.ClientSession() as http:
+            answer = await http.post(f"http://127.0.0.1:{server.port}/twilio/answer", data={"CallSid": call_id})
+            return "<Stream" in await answer.text()
+
+    async with TwilioMedia(stream_url(server, "twilio")) as call:
+        await ready(call)
+        assert await asks("CA" + "1" * 32)
+        for _ in range(2):
+            assert (202, {"asked": "drain"}) == await operator.post(server, "/drain")
+        assert not await asks("CA" + "2" * 32)
+        assert await asks(call.call_sid), "a call that it has may have another stream"
+        status, answer = await operator.get(server, "/readyz")
+        assert (503, ["draining"]) == (status, [reason["reason"] for reason in answer["reasons"]])
+        await call.speak(MULAW[:1600])
+        await asyncio.sleep(0.1)
+        await call.hangup()
+    assert [] == call.violations
+    assert len(played(call)) == 2400
+    _, metrics = await operator.get(server, "/metrics")
+    assert 'telephony_refusals_total{provider="twilio",reason="draining"} 1.0' in metrics
+    assert "telephony_draining 1.0" in metrics
 
 
 async def test_hooks_are_called_and_their_refusals_told(launch: Launch, operator: Operator) -> None:
