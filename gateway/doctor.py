@@ -87,9 +87,13 @@ def _secret(settings: Settings) -> list[Finding]:
     fix = "Make one with `openssl rand -hex 32` and write secret: ${GATEWAY_SECRET}, the same on every instance."
     if secret is None:
         return [_warning("secret", "there is none: each process makes its own, and no second one can read its stream URLs", fix)]
-    if len(secret) < _STRONG_LENGTH or len(set(secret)) < _STRONG_VARIETY:
+    if not _is_strong(secret):
         return [_warning("secret", f"{len(secret)} characters, {len(set(secret))} different ones: it could be guessed", fix)]
     return [_ok("secret", f"{len(secret)} characters")]
+
+
+def _is_strong(secret: str) -> bool:
+    return len(secret) >= _STRONG_LENGTH and len(set(secret)) >= _STRONG_VARIETY
 
 
 def _auth(settings: Settings) -> list[Finding]:
@@ -122,8 +126,10 @@ def _descriptors(settings: Settings) -> list[Finding]:
 def _admin(settings: Settings) -> list[Finding]:
     if settings.admin is None or is_loopback(host_port(settings.admin)[0]):
         return [_ok("admin", settings.admin or "no operators' listener")]
-    fix = "Write admin: 127.0.0.1:9090, and reach it through a tunnel or a proxy that speaks TLS."
-    return [_warning("admin", f"{settings.admin} is no loopback address: admin_token crosses the network in clear", fix)]
+    if settings.admin_token is not None and _is_strong(settings.admin_token):
+        return [_ok("admin", f"{settings.admin} is no loopback address; a token guards it")]
+    fix = "Write admin: 127.0.0.1:9090 and reach it through a tunnel, or make a better admin_token with `openssl rand -hex 32`."
+    return [_warning("admin", f"{settings.admin} is no loopback address, and its token could be guessed", fix)]
 
 
 def _proxies(settings: Settings) -> list[Finding]:

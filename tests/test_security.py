@@ -781,7 +781,7 @@ async def test_t10_a_header_that_is_not_believed_is_told_once(guarded: Any, log:
     assert ("127.0.0.1", True) == (told["peer"], "trusted_proxies" in told["hint"])
 
 
-# --- S4, S7, S8: logs ----------------------------------------------------------------------------------------------------
+# --- S4, S7, S8, S12: logs and metrics -----------------------------------------------------------------------------------
 
 CANARIES = {
     "token": "c4na7yauthtoken0123456789abcdef0",
@@ -846,19 +846,32 @@ async def betray(server: Server, number: int) -> list[str]:
 
 
 @pytest.mark.parametrize("calls", [6, pytest.param(3000, marks=[pytest.mark.long, pytest.mark.timeout(1800)])])
-async def test_s4_s8_nothing_private_is_in_any_line_of_the_log(launch: Launch, written: Any, calls: int) -> None:
+async def test_s4_s8_s12_nothing_private_is_in_any_line_of_the_log_or_in_metrics(
+    launch: Launch, written: Any, calls: int
+) -> None:
     providers = {name: entry | {"auth_token": CANARIES["token"]} for name, entry in SIGNED.items()}
     tokens: list[str] = []
     async with RecordingService() as service:
         agent = {"kind": "websocket", "url": service.url, "authorization": CANARIES["bearer"]}
         server = await launch(
             providers=providers, secret=CANARIES["secret"], public_url=PUBLIC, services={"agent": agent},
-            max_calls_per_second=10_000, log_level="debug",
+            max_calls_per_second=10_000, log_level="debug", admin="127.0.0.1:0",
         )  # fmt: skip
         for number in range(calls):
             tokens += await betray(server, number)
         await until(lambda: not server.streams)
+        assert server.admin is not None
+        async with aiohttp.ClientSession() as http, http.get(f"http://127.0.0.1:{server.admin.port}/metrics") as response:
+            metrics = await response.text()
         await server.stop()
+    assert "telephony_" in metrics
+    told = [
+        *(canary for name, canary in CANARIES.items() if name != "digits"),
+        *tokens,
+        "CA0x",
+    ]  # S12: no call is a label, and every label is one of a few
+    assert [] == [canary for canary in told if canary.lstrip("+") in metrics]
+    assert len(metrics.splitlines()) < 2000
     lines = written()
     text = "\n".join(lines)
     assert text.count('"stream_ended"') == 3 * calls
