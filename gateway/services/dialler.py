@@ -64,7 +64,7 @@ class ServiceSocket(aiohttp.ClientWebSocketResponse):
             raw.setsockopt(SOL_SOCKET, SO_SNDBUF, SEND_BUFFER_BYTES)
             raw.setsockopt(IPPROTO_TCP, _TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
-    def cut(self) -> None:
+    def abandon(self) -> None:
         """End the connection at once, without a word."""
         self.transport.abort()
         self._response.close()  # or the library complains that nobody has

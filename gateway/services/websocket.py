@@ -185,7 +185,7 @@ class WebsocketLink:
             if self._ack_timer is not None:
                 self._ack_timer.cancel()
             if self._socket is not None:
-                self._socket.cut()  # unless it is closed by now, nobody will do it any more
+                self._socket.abandon()  # unless it is closed by now, nobody will do it any more
 
     @property
     def _ring(self) -> Ring:
@@ -253,7 +253,7 @@ class WebsocketLink:
         finally:
             self._connection = None
             if not self._stopped and connection.closing is None:
-                socket.cut()
+                socket.abandon()
         self._lost(connection, ended)
         return ended
 
@@ -505,7 +505,7 @@ class WebsocketLink:
             try:
                 await connection.socket.close(code=code)
             finally:
-                connection.socket.cut()
+                connection.socket.abandon()
 
         connection.closing = _Ended(verdict(code), f"{self._service.url} {why}", code)
         self._tasks.create_task(close())
