@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -68,7 +68,7 @@ class Tap(ServiceSocket):
         self.sent: list[bytes] = []
         """Audio messages."""
         self.alter: Callable[[str], str] | None = None
-        self.cut = False
+        self.severed = False
         self.close_secs: float | None = None
         """How long our close frame waited for its answer."""
         self.ended_by: int | None = None
@@ -86,7 +86,7 @@ class Tap(ServiceSocket):
         now = asyncio.get_running_loop().time()
         if message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
             self.received.append(Received(now, message.data))
-        elif self.ended_by is None and self.close_secs is None and not self.cut:
+        elif self.ended_by is None and self.close_secs is None and not self.severed:
             if message.type is aiohttp.WSMsgType.CLOSE:
                 self.ended_by = message.data or 1005
             elif message.type in (aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR) and not self._ours:
@@ -114,7 +114,7 @@ class Tap(ServiceSocket):
 
     def hang_up_rudely(self) -> None:
         """Cut the connection without a close frame."""
-        self.cut = True
+        self.severed = True
         self.transport.abort()
 
 
@@ -179,7 +179,7 @@ class ScriptedCall:
         self.names: list[str] = []
         """Names of checkpoints, as they were asked for."""
         self.reused: list[str] = []
-        """Those that were asked for again while they were pending."""
+        """Those that were asked for again on the same connection while they were pending."""
         self.lost: str | None = None
         """Why the link gave up, if it did."""
         self.asked_to_stop = False
@@ -189,6 +189,7 @@ class ScriptedCall:
         self._loop = asyncio.get_running_loop()
         self._base = self._line_base = self._loop.time()
         self._pending: Counter[str] = Counter()
+        self._asked: defaultdict[int, set[str]] = defaultdict(set)  # names, by the connection on which they came
         self._spoken_ms = 0
         accepts = TEXT_COMMANDS if text else AUDIO_COMMANDS
         options: dict[str, Any] = {"caller": "+15550100001", "called": "+15550100002", "direction": "inbound"}
@@ -213,8 +214,9 @@ class ScriptedCall:
     def perform(self, command: Command) -> None:
         self.commands[type(command)] += 1
         if isinstance(command, Checkpoint):
-            if self._pending[command.name]:
+            if self._pending[command.name] and command.name in self._asked[len(self.taps)]:
                 self.reused.append(command.name)
+            self._asked[len(self.taps)].add(command.name)
             self._pending[command.name] += 1
             self.names.append(command.name)
         elif isinstance(command, Stop):
@@ -226,6 +228,9 @@ class ScriptedCall:
 
     def fault(self, code: str, message: str, ref: str | int | None) -> None:
         self.session.fault(code, message, ref)
+
+    def report(self, code: str, message: str) -> None:
+        self.session.fault(code, message)
 
     # --- the script ---
 
