@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import signal
 import ssl
+import sys
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,7 +27,7 @@ from gateway.errors import ConfigError
 from gateway.server import Server
 from gateway.settings import Tls
 from tests.conftest import Launch
-from tests.doubles import TwilioMedia
+from tests.doubles import Refused, TwilioMedia
 from tests.test_end_to_end import MULAW, played
 
 LOG = structlog.get_logger()
@@ -133,6 +136,45 @@ async def carry_a_call_over_renewals(launch: Launch, files: Files, count: int, a
 async def test_t9_renewals_drop_no_call(launch: Launch, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(files.trusted))
     await carry_a_call_over_renewals(launch, files, 20, MULAW[:12000])
+
+
+async def test_t9_the_real_program_takes_a_renewed_certificate_on_sighup(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is run: another process, and on Linux another event loop."""
+    from tests.test_doctor import TOKEN, document, free_port
+    from tests.test_security import answer_twilio
+
+    monkeypatch.setenv("SSL_CERT_FILE", str(files.trusted))
+    port, path = free_port(), tmp_path / "gateway.yaml"
+    path.write_text(json.dumps(document(port, tls=files.options, public_url=f"https://127.0.0.1:{port}")))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "gateway", "serve", "-c", str(path), stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        assert process.stderr is not None
+        while b"listening" not in await process.stderr.readline():
+            pass
+        before = await files.serial(port)
+        url = await answer_twilio(f"https://127.0.0.1:{port}", "CA1", ssl_context=files.trust)
+        async with TwilioMedia(url, auth_token=TOKEN, call_sid="CA1") as call:
+            await call.speak(MULAW[:1600])
+            after = files.renew()
+            process.send_signal(signal.SIGHUP)
+            while b"tls_reloaded" not in await process.stderr.readline():
+                pass
+            assert [after] == [await files.serial(port)] != [before]
+            await call.speak(MULAW[1600:8000])
+            await call.until(lambda: len(played(call)) >= 8000)
+            await call.hangup()
+        assert MULAW[:8000] == played(call)
+        with pytest.raises(Refused, match="403"):
+            async with TwilioMedia(url, auth_token=TOKEN, call_sid="CA1"):
+                pass
+    finally:
+        process.terminate()
+        await process.communicate()
+    assert 0 == process.returncode
 
 
 @pytest.mark.long
