@@ -21,7 +21,22 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import providers
-from gateway import __version__, config, display, doctor, host, logs, schema, signing, simulator, specification, speech, tls, wav
+from gateway import (
+    __version__,
+    config,
+    display,
+    doctor,
+    host,
+    logs,
+    report,
+    schema,
+    signing,
+    simulator,
+    specification,
+    speech,
+    tls,
+    wav,
+)
 from gateway import demo as demonstration
 from gateway.callreport import CallReport
 from gateway.conformance.command import examine
@@ -352,6 +367,27 @@ def call_doctor(path: Path, as_json: bool) -> None:
         return well
 
     sys.exit(0 if run(consult()) else 1)
+
+
+@main.command("report")
+@click.argument("recording", type=click.Path(path_type=Path))
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Where the picture goes. Default: beside it, as .png.")
+def draw_report(recording: Path, output: Path | None) -> None:
+    """Draw a recorded call: what was said, what was heard, and what happened when, as a PNG.
+
+    RECORDING is a WAV file of the recorder service; its log of events is taken from beside it. Checkpoints are flags, clears are
+    cuts, gaps are shaded, and keys have no digits. Needs matplotlib: pip install 'telephony-audio-gateway[report]'
+
+    \b
+    telephony-gateway report recordings/20261120T101500Z-5f2c….wav -o call.png
+    """
+    try:
+        recorded = report.read(recording)
+        target = output or recorded.path.with_name(recorded.path.name.removesuffix(".part")).with_suffix(".png")
+        report.draw(recorded, target)
+    except report.ReportError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{target}: {recorded.duration_secs:.1f} s, {_plural(len(recorded.events), 'line')} of log")
 
 
 @main.command("providers")

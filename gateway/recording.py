@@ -94,6 +94,10 @@ class Layout:
         """How far the recording has come."""
         return round(max(side.position for side in self._sides.values()) * 1000 / self.sample_rate)
 
+    def track_ms(self, track: Track) -> int:
+        """How far this track has come."""
+        return round(self._sides[track].position * 1000 / self.sample_rate)
+
     def add(self, event: Event) -> None:
         """Give every event its place; only audio and gaps take any."""
         if type(event) is Audio:

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from gateway import logs
-from gateway.events import Audio, BargeIn, Event, Spoken, Start, Stop, Transcript
+from gateway.events import Audio, BargeIn, Event, Gap, Spoken, Start, Stop, Transcript
 from gateway.media import Track
 from gateway.recording import FRAME_BYTES, Layout
 from gateway.scribe import Pen, Scribe
@@ -106,6 +106,8 @@ class Recording:
                 layout.add(event)
             if type(event) is not Audio:
                 at_ms = layout.position_ms if layout is not None else round(elapsed * 1000)
+                if type(event) is Gap and layout is not None:
+                    at_ms = max(0, layout.track_ms(event.track) - event.lost_ms)  # where the hole begins
                 self._note(at_ms, line(event, transcripts=self._transcripts))
         if layout is not None:
             self._take(layout, WRITE_SECS)
