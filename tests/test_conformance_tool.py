@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import re
@@ -30,6 +31,7 @@ def _quiet() -> Iterator[None]:
     before, logger.level = logger.level, logging.CRITICAL + 1
     yield
     logger.setLevel(before)
+    gc.collect()
 
 
 def failures(report: Report) -> dict[str, str]:

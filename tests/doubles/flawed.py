@@ -31,6 +31,7 @@ class FlawedService:
         self.all: set[ServerConnection] = set()
         self.sessions: dict[str, dict[str, Any]] = {}
         self.marks = 0
+        self.dead = False
 
     async def __aenter__(self) -> Self:
         self.server = await serve(
@@ -53,8 +54,8 @@ class FlawedService:
         await asyncio.wait_for(self.server.wait_closed(), 5)
 
     def die(self) -> None:
-        """The process is gone."""
-        self.server.server.close()
+        """As if the process were gone: nobody is answered any more."""
+        self.dead = True
         for ws in self.all:
             ws.transport.abort()
 
@@ -62,6 +63,8 @@ class FlawedService:
 
     async def _request(self, ws: ServerConnection, request: Request) -> Response | None:
         headers = request.headers
+        if self.dead:
+            return ws.respond(HTTPStatus.SERVICE_UNAVAILABLE, "")
         if self.flaw == "no-redirect":
             return Response(302, "Found", type(headers)({"Location": "ws://127.0.0.1:1/"}), b"")
         if self.flaw == "connect":
