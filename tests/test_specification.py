@@ -135,3 +135,21 @@ def test_the_header_is_described_as_it_is_packed() -> None:
 def test_every_close_code_with_a_meaning_is_told() -> None:
     told = specification.asyncapi()["channels"]["call"]["x-close-codes"]
     assert set(_CLOSE_CODES) - {1005} <= {int(code) for code in told}
+
+
+def test_the_call_in_the_prose_follows_the_schemas() -> None:
+    found = re.search(r"<!-- call -->\n```\n(.*?)```", (ROOT / "gateway" / "PROTOCOL.md").read_text(), re.DOTALL)
+    assert found
+    texts = [line for line in found[1].splitlines() if line[2] == "{"]
+    for line in texts:
+        validator("FromGateway" if line[0] == "<" else "FromService").validate(json.loads(line[2:]))
+    told = [json.loads(line[2:]) for line in texts]
+    assert ("start", "stop") == (told[0]["type"], told[-1]["type"])
+    account = told[-1]["account"]
+    assert account["queued"] == account["played"] + account["cleared"] + account["lost"]
+
+
+def test_prose_and_schemas_have_the_same_close_codes() -> None:
+    prose = (ROOT / "gateway" / "PROTOCOL.md").read_text()
+    told = specification.asyncapi()["channels"]["call"]["x-close-codes"]
+    assert set(told) <= set(re.findall(r"\b(?:1|4)\d{3}\b", prose[prose.index("| close code") :]))
