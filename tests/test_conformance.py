@@ -320,7 +320,8 @@ def test_odd_requests_are_mismatches_and_nothing_else(
     provider = provider_of(kind, auth=None, auth_token=["s3cret", "é"], **options)
     with pytest.raises(SignatureMismatch) as refused:
         provider.authenticate(request)
-    assert 0 < len(refused.value.tried) <= 16
+    # At most: with or without userinfo, three ports, with or without a slash, two readings of the query.
+    assert 0 < len(refused.value.tried) <= 2 * 3 * 2 * 2
     assert all(form.isprintable() and len(form) <= 200 for form in refused.value.tried)
     assert "s3cret" not in f"{refused.value} {refused.value.tried}"
     assert provider.status(request).event == "other"
