@@ -23,11 +23,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import providers
 from gateway import (
     __version__,
+    capture,
     config,
     display,
     doctor,
     host,
     logs,
+    replay,
     report,
     schema,
     signing,
@@ -388,6 +390,36 @@ def draw_report(recording: Path, output: Path | None) -> None:
     except report.ReportError as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{target}: {recorded.duration_secs:.1f} s, {_plural(len(recorded.events), 'line')} of log")
+
+
+@main.command("replay")
+@click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("--url", required=True, help="http(s)://…/NAME/answer (asks the webhook first), or ws(s)://…/stream.")
+@click.option("--speed", default=1.0, show_default=True, type=click.FloatRange(0.05, 1000), help="How much faster than it was.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object (the default when piped).")
+def play_again(path: Path, url: str, speed: float, as_json: bool) -> None:
+    """Play a captured stream to a gateway as the carrier did, and compare what comes back.
+
+    FILE is what a route with `capture: DIRECTORY` has stored. Kinds and their order count, not times, nor the pieces in which
+    audio comes. Keys are replayed as 0, for their digits were not stored. Exits 0 if nothing differs, 1 if something does.
+
+    \b
+    telephony-gateway replay captures/20261120T….jsonl --url ws://127.0.0.1:8080/twilio/stream --speed 4
+    """
+    try:
+        header, frames = capture.read(path)
+        outcome = run(replay.replay(providers.load(header.kind), header, frames, url=url, speed=speed))
+    except (capture.CaptureError, replay.ReplayError) as error:
+        raise click.ClickException(str(error)) from error
+    except LookupError as error:
+        raise click.ClickException(f"{path}: {error}") from error
+    difference = outcome.difference
+    if as_json or not sys.stdout.isatty():
+        click.echo(msgspec.json.encode({"same": not difference, "difference": difference, **msgspec.to_builtins(outcome)}))
+    else:
+        click.echo("\n".join(difference) or f"the same: {', '.join(outcome.got) or 'nothing'}")
+        click.echo(f"audio: {outcome.expected_audio_ms / 1000:.1f} s then, {outcome.got_audio_ms / 1000:.1f} s now")
+    sys.exit(1 if difference else 0)
 
 
 @main.command("providers")

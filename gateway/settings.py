@@ -224,6 +224,7 @@ class Route(Struct, frozen=True):
     caller: pattern of the number or SIP URI that calls; default any.
     on_lost: what follows when a service that had the call stays away: end the call (`hangup`), or the list's `next` one.
     listeners: names of further services that hear the call and can't speak on it, slow it or break it, a list; default none.
+    capture: directory that gets what passes on the carrier's socket, for `telephony-gateway replay`; default none.
     """
 
     service: tuple[str, ...]
@@ -233,6 +234,7 @@ class Route(Struct, frozen=True):
     name: RouteName | None = None
     on_lost: Literal["hangup", "next"] = "hangup"
     listeners: tuple[str, ...] = ()
+    capture: Annotated[str, Meta(extra={"check": _directory})] | None = None
 
     @property
     def label(self) -> str:

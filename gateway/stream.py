@@ -7,6 +7,7 @@ import uuid
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from time import monotonic
 from typing import Literal
 
@@ -15,6 +16,7 @@ from aiohttp import web
 from structlog.typing import FilteringBoundLogger
 
 from gateway.bus import Bus, Subscription
+from gateway.capture import Capture
 from gateway.clock import Clock
 from gateway.door import Door, Pass
 from gateway.events import Audio, BargeIn, Checkpoint, Clear, Command, Event, Flow, Speech, Spoken, Start, StopReason
@@ -27,7 +29,7 @@ from gateway.routing import match
 from gateway.services import Line, Link, ServiceLost
 from gateway.services.dialler import Dialler
 from gateway.services.echo import EchoLink
-from gateway.services.recorder import RecorderLink
+from gateway.services.recorder import RecorderLink, prepare
 from gateway.services.websocket import WebsocketLink
 from gateway.session import Session
 from gateway.settings import EchoService, RecorderService, Route, Service, Settings, WebsocketService
@@ -71,6 +73,11 @@ class House:
     totals: Totals = field(default_factory=Totals)
     """Of the streams that have ended, and of whatever belongs to no stream."""
 
+    def __post_init__(self) -> None:
+        for service in self.settings.services.values():
+            if isinstance(service, RecorderService):
+                prepare(service)  # finishes what a process that died has left
+
 
 class Stream:
     """One carrier's socket with its session and its link. The server makes one per connection and awaits `run`."""
@@ -101,6 +108,8 @@ class Stream:
         self._serving: asyncio.Task[None] | None = None
         self._links: list[Link] = []
         self._listeners: Listeners | None = None
+        captures = any(route.capture for route in house.settings.routes)
+        self._capture = Capture(asyncio.get_running_loop().time()) if captures else None
         self._began = self._loop.time()
         self._armed = float("inf")
         self._lead_ms = codec.limits.lead_ms
@@ -214,7 +223,11 @@ class Stream:
         if message.type is aiohttp.WSMsgType.ERROR:
             self.log.warning("broken_websocket", error=str(message.data))
             self.end(StopReason.PROTOCOL_ERROR)
-        return message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY)
+        if message.type not in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
+            return False
+        if self._capture is not None:
+            self._capture.take("in", message.data, self._loop.time())
+        return True
 
     def _emit(self, event: Event) -> None:
         if type(event) is Start:
@@ -253,6 +266,10 @@ class Stream:
         self._serving = self._tasks.create_task(self._serve(route))
         if any(_hears_playout(settings.services[name]) for name in (*route.service, *route.listeners)):
             self.session.follow_playout(self._loop.time())
+        if self._capture is not None and route.capture is not None:
+            self._capture.keep(Path(route.capture), self.provider, self.kind, self.session_id, self._capture_failed)
+        elif self._capture is not None:
+            self._capture = None
         if route.listeners:
             self._listeners = Listeners(self, self._channel, self._house.listening, capacity_ms=settings.hold_ms)
             for name in route.listeners:
@@ -280,6 +297,9 @@ class Stream:
     def _depart(self) -> None:
         """The call is over, whoever still listens."""
         if self.session_id in self._house.streams:
+            if self._capture is not None:
+                reason = self.session.stop.reason if self.session.stop is not None else None
+                self._capture.close(reason, self._loop.time())
             self._leave()
             self._summarize()
 
@@ -322,6 +342,8 @@ class Stream:
             while True:
                 frame = session.next_frame(loop.time())
                 if frame is not None:
+                    if self._capture is not None:
+                        self._capture.take("out", frame, loop.time())
                     await self._send(frame)
                     if self._stopwatch.running:
                         self._sent()
@@ -395,6 +417,10 @@ class Stream:
         self._stopwatch.left(monotonic(), queued, held, told=not session.waiting)
 
     # --- for the operator ---
+
+    def _capture_failed(self, error: Exception) -> None:
+        self._capture = None
+        self.log.error("capture_failed", error=str(error))
 
     def _note(self, what: str, values: dict[str, object]) -> None:
         self.log.warning(what, **values)

@@ -192,7 +192,7 @@ BAD: list[Callable[[], RecordingService]] = [
     lambda: RecordingService(script=breaks_off),
     lambda: RecordingService(refuse=403),
     lambda: RecordingService(refuse=503),
-    lambda: RecordingService(handshake_delay=30),
+    lambda: RecordingService(handshake_delay=2),
     lambda: RecordingService(subprotocol="nonsense"),
 ]
 NAMES = [
@@ -209,7 +209,7 @@ async def test_a_bad_listener_is_not_heard_on_the_call(launch: Launch, log: list
         loop = asyncio.get_running_loop()
         async with TwilioMedia(stream_url(server, "twilio")) as call:
             link = await good.connected()
-            await call.speak(MULAW[:8000])
+            await call.speak(MULAW[:4800])
             await asyncio.sleep(0.3)
             began = loop.time()
             await call.hangup()
@@ -220,7 +220,7 @@ async def test_a_bad_listener_is_not_heard_on_the_call(launch: Launch, log: list
         for each in bad.links:
             each.drop()
     assert ended < 0.5, "nobody waits for it at the end"
-    assert MULAW[:8000] == played(call) == link.audio
+    assert MULAW[:4800] == played(call) == link.audio
     assert [] == call.violations
     (line,) = [entry for entry in log if entry["event"] == "stream_ended"]
     assert ("caller_hangup", 0, {}) == (line["reason"], line["dropped_samples"], line["faults"])
