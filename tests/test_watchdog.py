@@ -111,6 +111,7 @@ WALL_CLOCK = {
     "gateway.tls": "certificates do",
     "gateway.doctor": "compares it with the world's, and looks at certificates",
     "gateway.services.recorder": "recordings are named by date",
+    "gateway.capture": "captures are",
 }
 """Who may look at the wall clock, and what for."""
 
