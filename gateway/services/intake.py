@@ -36,6 +36,8 @@ class Intake:
         self._share = (source or target).bytes_for(frame_ms)
         self._frame_bytes = target.bytes_for(frame_ms)
         self._pending = 0  # bytes of the carrier's audio that no frame stands for yet
+        self._filling_since: float | None = None  # the time of the first hole
+        self._filled_ms = 0
 
     @property
     def held_bytes(self) -> int:
@@ -62,7 +64,7 @@ class Intake:
             if isinstance(text, str):
                 self.ring.say(text, now)
         if isinstance(event, Gap) and event.track is self._track and self._source is not None:
-            self._leave_out(event)
+            self._leave_out(event, now)
 
     def adopt(self, other: Intake, now: float) -> None:
         """Take over what another intake, for a service with another format, still holds."""
@@ -91,12 +93,22 @@ class Intake:
             self._pending -= share
             self.ring.hear(frame, share, 0 if share else Flags.SILENCE)
 
-    def _leave_out(self, gap: Gap) -> None:
-        fill = min(gap.lost_ms, LARGEST_FILL_MS) if gap.reason is GapReason.CARRIER else 0
+    def _leave_out(self, gap: Gap, now: float) -> None:
+        fill = self._fill_ms(gap.lost_ms, now) if gap.reason is GapReason.CARRIER else 0
         if fill and self._source is not None:
             self._hear(self._source.silence(fill), 0)
         if gap.lost_ms > fill:
             self.ring.skip((gap.lost_ms - fill) * self._target.sample_rate // 1000)
+
+    def _fill_ms(self, lost_ms: int, now: float) -> int:
+        """How much of a hole becomes silence: never so much that it displaces speech, nor more than time has gone by."""
+        if self._filling_since is None:
+            self._filling_since = now
+        passed_ms = (now - self._filling_since) * 1000 + LARGEST_FILL_MS
+        room_ms = int(self._target.duration_ms(self.ring.room_bytes))
+        fill = max(0, min(lost_ms, LARGEST_FILL_MS, room_ms, int(passed_ms) - self._filled_ms))
+        self._filled_ms += fill
+        return fill
 
     def _finish(self) -> None:
         if self._source is None:

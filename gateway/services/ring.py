@@ -88,6 +88,11 @@ class Ring:
         """The carrier's bytes in frames that were sent and are not known to be lost."""
         self.dropped_words = 0
 
+    @property
+    def room_bytes(self) -> int:
+        """Audio that fits in without anything having to go."""
+        return self._capacity - self.audio_bytes
+
     # --- in ---
 
     def hear(self, payload: bytes, heard: int, flags: int = 0) -> None:
