@@ -80,4 +80,4 @@ async def test_hundreds_of_connections_are_no_limit(dialler: Dialler) -> None:
         sockets = await asyncio.gather(*(dialler.dial("agent", settings) for _ in range(120)))
         assert 120 == len(service.links)
         for socket in sockets:
-            socket.transport.abort()
+            socket.abandon()
