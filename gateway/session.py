@@ -41,8 +41,9 @@ from gateway.events import (
     Unknown,
 )
 from gateway.media import Track
-from gateway.playout import CONFIRM_SECS, MOST_PENDING, Playout, Recital
+from gateway.playout import CONFIRM_SECS, MOST_PENDING, Playout
 from gateway.provider import Codec
+from gateway.recital import Recital
 from gateway.timeline import Timeline
 
 HELD_FRAMES = 25

@@ -21,7 +21,7 @@ from msgspec import Struct
 from gateway.alignment import Echo, measure_echo
 from gateway.audio import convert_whole, resample_whole
 from gateway.callreport import CallReport, Recording, Refusal, explain, explain_close, explain_status, origin
-from gateway.ear import Ear, Fate, Voice
+from gateway.ear import Ear, Fate
 from gateway.errors import GatewayError, MalformedFrame
 from gateway.events import (
     Audio,
@@ -44,6 +44,7 @@ from gateway.events import (
 from gateway.media import MULAW_8K, Encoding, MediaFormat, Track
 from gateway.provider import Call, Dial, HttpRequest, Provider
 from gateway.signing import UPGRADE
+from gateway.voice import Voice
 
 Direction = Literal["up", "down"]
 """`up`: an event, from the carrier to the gateway. `down`: a command, from the gateway to the carrier."""

@@ -24,7 +24,7 @@ from textwrap import dedent
 import msgspec
 
 import providers
-from gateway.ear import Ear, Fate, Voice
+from gateway.ear import Ear, Fate
 from gateway.events import (
     After,
     Audio,
@@ -50,6 +50,7 @@ from gateway.events import (
 )
 from gateway.media import MULAW_8K, Encoding, MediaFormat, Track
 from gateway.session import Session
+from gateway.voice import Voice
 
 AUDIO_KINDS = ("twilio_media_streams", "plivo_audio_streaming")
 L16_16K = MediaFormat(Encoding.PCM_S16LE, 16000)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.ear import Cut, Ear, Fate, Mark, Voice
+from gateway.ear import Cut, Ear, Fate, Mark
 from gateway.events import BargeIn, Checkpoint, Clear, Event, Outcome, Party, Play, Say, Speech, Spoken
 from gateway.media import MULAW_8K, Encoding, MediaFormat
 from gateway.provider import Habits
+from gateway.voice import Voice
 
 ECHOES = Habits(echoes_cleared=True)
 CONFIRMS = Habits(confirms_clear=True)

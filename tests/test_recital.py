@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.events import After, Checkpoint, Outcome, Say, Stop, StopReason
-from gateway.playout import CONFIRM_SECS, SPEECH_SECS_PER_CHARACTER, Recital
+from gateway.playout import CONFIRM_SECS
+from gateway.recital import SPEECH_SECS_PER_CHARACTER, Recital
 from tests.playbook import Phone
 
 PLAYED, CLEARED, LOST = Outcome.PLAYED, Outcome.CLEARED, Outcome.LOST
