@@ -488,7 +488,7 @@ def run(main_coroutine: Coroutine[Any, Any, Result]) -> Result:
 
 def make_server(settings: Settings) -> Server:
     """A server with its providers loaded."""
-    return Server(settings, load_providers(settings))
+    return Server(settings, load_providers(settings), config.dialect)
 
 
 async def _serve(settings: Settings, path: Path) -> int:

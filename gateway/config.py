@@ -18,8 +18,11 @@ from msgspec import inspect as types
 
 import providers
 from gateway import advice
-from gateway.errors import ConfigError
-from gateway.settings import MASKED, ProviderEntry, Route, Settings, host_port, is_loopback
+from gateway.errors import ConfigError, UnsupportedCommand
+from gateway.events import Start
+from gateway.media import MULAW_8K
+from gateway.provider import Provider
+from gateway.settings import MASKED, ProviderEntry, Route, Settings, WebsocketService, host_port, is_loopback
 from gateway.yaml_nodes import MAX_BYTES, Findings, Node, printable, read, shown
 
 _REFERENCE = re.compile(r"\$\$\{|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}|(?P<broken>\$\{)")
@@ -73,6 +76,13 @@ def examine_text(text: str, *, source: str = "<text>", environ: Mapping[str, str
     findings.raise_if_any()
     assert settings is not None  # noqa: S101 — whoever returns None has reported why
     return settings, reader.warnings(source, settings)
+
+
+def dialect(kind: str, token: str | None) -> Provider:
+    """An account of `kind` that plays the carrier towards a service, signing with `token`. Raises whatever its options say."""
+    provider = providers.load(kind)
+    options = {"auth": "none"} if token is None else {"auth_token": token}
+    return provider(provider.Config(**options))
 
 
 # --- nodes to structs ----------------------------------------------------------------------------------------------------
@@ -193,6 +203,8 @@ class _Reader:
             values, nodes = self._fields(node, want, path)
             if want.cls is Route:
                 self._check_route(values, nodes, path)
+            if want.cls is WebsocketService:
+                self._check_dialect(values, nodes, path)
             return self._build(want.cls, values, node, nodes, path)
         if isinstance(want, types.DictType):
             return self._dict(node, want, path)
@@ -367,6 +379,33 @@ class _Reader:
                 return self._report(node, path, "missing key auth_token", how)
         config = self._build(want.cls, values, node, nodes, path)
         return _BAD if _BAD in (auth, config) else ProviderEntry(kind=kind, config=config, auth=auth)
+
+    def _check_dialect(self, values: dict[str, Any], nodes: Mapping[str, Node], path: Path_) -> None:
+        kind, media_format = values.get("dialect"), values.get("media_format")
+        if kind is _BAD:
+            return
+        if kind is None:
+            if "dialect_token" in nodes:
+                self._report(nodes["dialect_token"], (*path, "dialect_token"), "has no effect without `dialect`", "write it, too")
+            return
+        if "." not in kind and kind not in providers.names():
+            values["dialect"] = self._unknown(nodes["dialect"], (*path, "dialect"), "dialect", kind, providers.names())
+            return
+        try:
+            token = values.get("dialect_token")
+            carrier = dialect(kind, None if token is _BAD else token).carrier()
+        except Exception as error:  # a foreign module may fail in any way
+            reason = self._masked(f"{type(error).__name__}: {error}")
+            values["dialect"] = self._report(nodes["dialect"], (*path, "dialect"), "can't be spoken", reason, shown=shown(kind))
+            return
+        if media_format is None:
+            values["media_format"] = MULAW_8K
+        elif media_format is not _BAD and not carrier.habits.text:
+            try:
+                [*carrier.encode(Start("stream", "call", media_format=media_format))]
+            except UnsupportedCommand as error:
+                where = (*path, "media_format")
+                values["media_format"] = self._report(nodes["media_format"], where, str(error), "leave it out for mulaw 8000")
 
     def _check_route(self, values: dict[str, Any], nodes: Mapping[str, Node], path: Path_) -> None:
         provider: Any = values.get("provider")

@@ -26,6 +26,7 @@ from gateway.metrics import Metrics, Standing
 from gateway.porter import Porters, Visitor
 from gateway.provider import Answer, Call, Provider, SignedRequest
 from gateway.routing import match
+from gateway.services.dialect import Dialects, no_dialects
 from gateway.services.dialler import Dialler
 from gateway.settings import Settings, host_port
 from gateway.stream import FAREWELL_SECS, House, Stream
@@ -64,9 +65,10 @@ class Rules(NamedTuple):
 class Server:
     """The carriers' listener. `start`, then serve until `stop`, which ends live streams with reason `drain`."""
 
-    def __init__(self, settings: Settings, providers: Mapping[str, Provider]) -> None:
+    def __init__(self, settings: Settings, providers: Mapping[str, Provider], dialects: Dialects = no_dialects) -> None:
         self.settings = settings
         self.providers = providers
+        self._dialects = dialects
         self.bus = Bus()
         self.port = 0
         self.house: House
@@ -103,6 +105,7 @@ class Server:
             dialler=Dialler(f"telephony-audio-gateway/{__version__}"),
             listening=Dialler(f"telephony-audio-gateway/{__version__}"),
             door=Door(self.settings, self.providers, self._log, remarks),
+            dialects=self._dialects,
         )
         app = web.Application(client_max_size=LARGEST_FRAME, middlewares=[self._observe])
         for method in ("GET", "POST"):

@@ -170,6 +170,8 @@ class WebsocketService(Struct, frozen=True, tag_field="kind", tag="websocket"):
     replay_ms: what it was sent and has not acknowledged, and what is said while it is away, is kept up to this.
     give_up_secs: how long a call waits for it, at the start and when it is lost.
     on_away: what the caller hears of what is still queued while it is away: all of it (`continue`), or nothing (`clear`).
+    dialect: a carrier's protocol (a provider's `kind`) that it is spoken to in; `media_format` is mulaw 8000 then; default ours.
+    dialect_token: signs the handshake as that carrier does, over `url`; default none, it is not signed.
     """
 
     url: Annotated[str, Meta(extra={"check": _service_url}, extra_json_schema={"pattern": "^wss?://[^@#]+$"})]
@@ -181,6 +183,8 @@ class WebsocketService(Struct, frozen=True, tag_field="kind", tag="websocket"):
     replay_ms: Annotated[int, Meta(ge=100, le=300_000)] = 10_000
     give_up_secs: Annotated[float, Meta(gt=0, le=600)] = 10.0
     on_away: Literal["continue", "clear"] = "continue"
+    dialect: str | None = None
+    dialect_token: Annotated[str, Meta(min_length=1)] | None = None
 
     def __repr__(self) -> str:
         authorization = MASKED if self.authorization else None

@@ -27,6 +27,7 @@ from gateway.metrics import Totals
 from gateway.provider import Codec
 from gateway.routing import match
 from gateway.services import Line, Link, ServiceLost
+from gateway.services.dialect import DialectLink, Dialects, no_dialects
 from gateway.services.dialler import Dialler
 from gateway.services.echo import EchoLink
 from gateway.services.recorder import RecorderLink, prepare
@@ -72,6 +73,8 @@ class House:
     """Calls, by provider's name and call id, whose last stream ended because of its service; the oldest first."""
     totals: Totals = field(default_factory=Totals)
     """Of the streams that have ended, and of whatever belongs to no stream."""
+    dialects: Dialects = no_dialects
+    """Who plays the carrier towards services that speak a carrier's protocol."""
 
     def __post_init__(self) -> None:
         for service in self.settings.services.values():
@@ -274,7 +277,8 @@ class Stream:
             self._listeners = Listeners(self, self._channel, self._house.listening, capacity_ms=settings.hold_ms)
             for name in route.listeners:
                 service = settings.services[name]
-                self._listeners.add(self._tasks, name, service, partial(_link, [(name, service)], route=route, role="listener"))
+                link = partial(_link, [(name, service)], route=route, dialects=self._house.dialects, role="listener")
+                self._listeners.add(self._tasks, name, service, link)
 
     def _route(self, start: Start) -> Route | None:
         """The route that the webhook chose, or else the one for what the start frame says."""
@@ -323,7 +327,7 @@ class Stream:
     async def _serve(self, route: Route) -> None:
         """The services of a route one after the other, until one has served the call to its end."""
         for group in _groups([(name, self._house.settings.services[name]) for name in route.service]):
-            link = _link(group, self, route)
+            link = _link(group, self, route, self._house.dialects)
             self._links.append(link)
             try:
                 await link.run()
@@ -437,7 +441,11 @@ Named = tuple[str, Service]
 
 def _groups(services: list[Named]) -> list[list[Named]]:
     """Neighbours that one link can choose from."""
-    return [[*group] for _, group in groupby(services, key=lambda each: type(each[1]))]
+    return [[*group] for _, group in groupby(services, key=lambda each: (type(each[1]), _speaks_a_dialect(each[1])))]
+
+
+def _speaks_a_dialect(service: Service) -> bool:
+    return isinstance(service, WebsocketService) and service.dialect is not None
 
 
 def _hears_playout(service: Service) -> bool:
@@ -445,7 +453,9 @@ def _hears_playout(service: Service) -> bool:
     return isinstance(service, RecorderService) or (isinstance(service, WebsocketService) and service.track is Track.OUTBOUND)
 
 
-def _link(group: list[Named], line: Line, route: Route, role: Literal["speaker", "listener"] = "speaker") -> Link:
+def _link(
+    group: list[Named], line: Line, route: Route, dialects: Dialects, role: Literal["speaker", "listener"] = "speaker"
+) -> Link:
     """A link to the first of these services that takes the call; all are of one kind."""
     service = group[0][1]
     match service:
@@ -455,4 +465,6 @@ def _link(group: list[Named], line: Line, route: Route, role: Literal["speaker",
             return RecorderLink(group[0][0], service, line)
         case WebsocketService():
             several = [(name, each) for name, each in group if isinstance(each, WebsocketService)]
+            if service.dialect is not None:
+                return DialectLink(several, line, dialects, on_lost=route.on_lost, role=role)
             return WebsocketLink(several, line, on_lost=route.on_lost, role=role)

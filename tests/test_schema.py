@@ -79,7 +79,7 @@ MISTAKES = [
     PHONE + AGENT % "frame_ms: 20" + ROUTES,
     PHONE + AGENT % 'url: "http://x"' + ROUTES,
     PHONE + AGENT % 'url: "ws://x", frame_ms: 30' + ROUTES,
-    PHONE + AGENT % 'url: "ws://x", dialect: plivo' + ROUTES,
+    PHONE + AGENT % 'url: "ws://x", carrier: plivo' + ROUTES,
     PHONE + AGENT % 'url: "ws://x", track: both' + ROUTES,
     PHONE + ECHO + "routes: [{}]",
     PHONE + ECHO + "routes: [echo]",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from contextlib import suppress
 from socket import IPPROTO_TCP, SO_SNDBUF, SOL_SOCKET, AddressFamily
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -35,6 +36,17 @@ SEND_BUFFER_BYTES, UNSENT_BYTES = 16 * 1024, 8 * 1024
 """What the kernel may hold of a connection, and of that not yet on the wire: audio waits where it can be counted and dropped."""
 
 _TCP_NOTSENT_LOWAT = 25  # Linux; the `socket` module names it from Python 3.12 on
+
+
+class Offer(NamedTuple):
+    """What a handshake shows besides the bearer token."""
+
+    subprotocols: tuple[str, ...] = (SUBPROTOCOL_RAW, SUBPROTOCOL_FRAMED)
+    headers: Mapping[str, str] = {}
+
+
+NATIVE = Offer()
+"""The gateway's own protocol."""
 
 
 class Unreachable(RemoteError):
@@ -118,10 +130,14 @@ class Dialler:
 
     async def dial(self, name: str, service: WebsocketService) -> ServiceSocket:
         """A connection to the service called `name`. Raises Unreachable."""
+        return await self.dial_as(name, service, NATIVE)
+
+    async def dial_as(self, name: str, service: WebsocketService, offer: Offer) -> ServiceSocket:
+        """The same, as somebody who offers this. Raises Unreachable."""
         self._dialling[name] += 1
         try:
             async with self._handshakes[name]:
-                return await self._dial(self._breakers[name], service)
+                return await self._dial(self._breakers[name], service, offer)
         finally:
             self._dialling[name] -= 1
 
@@ -129,7 +145,7 @@ class Dialler:
         """Whether calls are being connected to the service called `name`: those that are already can wait with old audio."""
         return self._dialling[name] > 0
 
-    async def _dial(self, breaker: Breaker, service: WebsocketService) -> ServiceSocket:
+    async def _dial(self, breaker: Breaker, service: WebsocketService, offer: Offer) -> ServiceSocket:
         loop = asyncio.get_running_loop()
         if not breaker.allows(loop.time()):
             raise Unreachable(f"{service.url} can't be reached at the moment")
@@ -138,7 +154,7 @@ class Dialler:
             if limited and (wait := self._limiter.reserve(loop.time())):
                 await asyncio.sleep(wait)
             self.dials += 1
-            socket = await self._connect(service)
+            socket = await self._connect(service, offer)
             answered = True
         except Unreachable as error:
             answered = error.final
@@ -180,14 +196,16 @@ class Dialler:
         self._news.set()
         self._news = asyncio.Event()
 
-    async def _connect(self, service: WebsocketService) -> ServiceSocket:
-        headers = {"Authorization": f"Bearer {service.authorization}"} if service.authorization else {}
+    async def _connect(self, service: WebsocketService, offer: Offer) -> ServiceSocket:
+        headers = {**offer.headers}
+        if service.authorization:
+            headers["Authorization"] = f"Bearer {service.authorization}"
         url = service.url
         try:
             async with asyncio.timeout(service.connect_timeout_secs):
                 socket = await self.http.ws_connect(
                     url,
-                    protocols=(SUBPROTOCOL_RAW, SUBPROTOCOL_FRAMED),
+                    protocols=offer.subprotocols,
                     headers=headers,
                     compress=0,
                     max_msg_size=LARGEST_MESSAGE,
