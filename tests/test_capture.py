@@ -80,7 +80,8 @@ async def test_a_call_is_stored_with_its_audio_and_without_what_is_private(launc
     assert 1.2 < frames[-1].at < 4
 
 
-async def test_it_is_played_again_and_nothing_differs(launch: Launch, tmp_path: Path) -> None:
+async def test_it_is_played_again_and_nothing_differs(launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "QUIET_SECS", 0.3)
     server = await launch(**capturing(tmp_path / "c"))
     await a_call(server)
     path = await captured(server, tmp_path / "c")
@@ -93,17 +94,14 @@ async def test_it_is_played_again_and_nothing_differs(launch: Launch, tmp_path: 
         assert outcome.got_audio_ms > 300
 
 
-async def test_another_service_differs(launch: Launch, tmp_path: Path) -> None:
+async def test_another_service_differs(launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = await launch(**capturing(tmp_path / "c"))
     await a_call(server)
     path = await captured(server, tmp_path / "c")
     silent = await launch(services={"archive": {"kind": "recorder", "directory": str(tmp_path / "r")}})
-    monkey = replay.REPLY_SECS
-    replay.REPLY_SECS = 0.2
-    try:
-        outcome = await play_again(path, stream_url(silent, "twilio"))
-    finally:
-        replay.REPLY_SECS = monkey
+    monkeypatch.setattr(replay, "REPLY_SECS", 0.2)
+    monkeypatch.setattr(replay, "QUIET_SECS", 0.2)
+    outcome = await play_again(path, stream_url(silent, "twilio"))
     assert ([], 0) == (outcome.got, outcome.got_audio_ms)
     assert outcome.late
     assert "-clear" in outcome.difference
