@@ -1,4 +1,4 @@
-"""The speech synthesis of a carrier of text, as a faithful one does it: what reaches the caller, and what the carrier tells of it.
+"""The speech synthesis of a carrier of text: what reaches the caller, and what the carrier tells of it.
 
 Pure: time is an argument. The counterpart for sound is `gateway.ear`.
 """
