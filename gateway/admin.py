@@ -6,10 +6,11 @@ import asyncio
 import hmac
 import platform
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import isawaitable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
@@ -17,8 +18,9 @@ from aiohttp import web
 from structlog.typing import FilteringBoundLogger
 
 from gateway import __version__, logs
+from gateway.callcontrol import ApiFailed, Placement, Transfer
 from gateway.door import Remarks
-from gateway.errors import ConfigError
+from gateway.errors import ConfigError, UnsupportedCommand
 from gateway.events import COMMAND_NAMES, Clear, Command, Dtmf, Stop, StopReason
 from gateway.metrics import Metrics
 from gateway.settings import MASKED, Settings, host_port, is_loopback
@@ -41,6 +43,7 @@ _DIGITS = re.compile("[0-9*#A-Dw]{1,64}")
 _SECRET_KEY = re.compile(r"(?i)(secret|token|password|authorization|credential|(api|signing)_?key)s?$")
 _PRIVATE_KEY = frozenset({"parameters", "extra_headers"})
 
+T = TypeVar("T")
 Hook = Callable[[], object]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -76,6 +79,7 @@ class Admin:
         hooks: Hooks,
         *,
         listening: Callable[[], bool],
+        base_url: Callable[[], str],
     ) -> None:
         self.port = 0
         self._house_now = house
@@ -83,6 +87,7 @@ class Admin:
         self._watchdog = watchdog
         self._hooks = hooks
         self._listening = listening
+        self._base_url = base_url
         self._log: FilteringBoundLogger = structlog.get_logger("gateway.admin")
         self._remarks = Remarks(self._log.warning)
         self._runner: web.AppRunner | None = None
@@ -108,6 +113,7 @@ class Admin:
         app.router.add_get("/version", self._version)
         app.router.add_get("/config", self._config)
         app.router.add_get("/calls", self._calls)
+        app.router.add_post("/calls", self._place)
         app.router.add_get("/calls/{session}", self._call)
         app.router.add_post("/calls/{session}/{action}", self._control)
         app.router.add_post("/drain", self._drain)
@@ -230,15 +236,59 @@ class Admin:
     async def _call(self, request: web.Request) -> web.Response:
         return _json(_detail(self._stream(request)))
 
+    async def _place(self, request: web.Request) -> web.Response:
+        """Have a carrier call somebody; once they answer, the call comes in like any other."""
+        house = self._house
+        order = await _order(request)
+        if order.provider not in house.providers:
+            raise Trouble(400, f"provider: there is none of this name; there are: {', '.join(house.providers)}")
+        if order.route is not None:
+            route = house.settings.route(order.route)
+            if route is None or route.provider not in (None, order.provider):
+                raise Trouble(400, "route: there is none of this name for this provider")
+        if reasons := self.reasons():
+            raise Trouble(503, f"no new calls at the moment: {'; '.join(reason['detail'] for reason in reasons)}")
+        with _told():
+            call_id = await house.control.place(order.provider, house.providers[order.provider], order, self._base_url())
+        return _json({"provider": order.provider, "call_id": call_id}, 202)
+
     async def _control(self, request: web.Request) -> web.Response:
-        """Give a live call one command, as its service could."""
+        """Give a live call one command, as its service could; or have its carrier end it, or go on with something else."""
         action = request.match_info["action"]
-        if action not in ("hangup", "clear", "dtmf"):
-            raise Trouble(404, f"a call can't be told to {action[:40]!r} here; known: hangup, clear, dtmf")
+        if action not in ("hangup", "clear", "dtmf", "transfer"):
+            raise Trouble(404, f"a call can't be told to {action[:40]!r} here; known: hangup, clear, dtmf, transfer")
         stream = self._stream(request)
+        if action in ("hangup", "transfer") and stream.session.start is not None and not stream.session.over:
+            call_id, control = stream.session.start.call_id, self._house.control
+            if action == "transfer":
+                target = await _body(request, Transfer, 'send {"xml": "<Dial>…</Dial>"} or {"url": "https://…"}')
+                self._log.info("operator_command", action=action, session=stream.session_id)
+                with _told():
+                    await control.transfer(stream.provider, stream.account, call_id, target)
+                return _json({"session": stream.session_id, "done": action}, 202)
+            return await self._hang_up(stream, call_id)
+        if action == "transfer":
+            raise Trouble(409, "the stream is over" if stream.session.over else "the stream has not started")
         self._perform(stream, Dtmf(await _digits(request)) if action == "dtmf" else Clear() if action == "clear" else Stop())
         self._log.info("operator_command", action=action, session=stream.session_id)
         return _json({"session": stream.session_id, "done": action})
+
+    async def _hang_up(self, stream: Stream, call_id: str) -> web.Response:
+        """End the call where its carrier can be asked to; in any case its stream, after which a call may go on with `after`."""
+        self._log.info("operator_command", action="hangup", session=stream.session_id)
+        ended, trouble = "stream", None
+        try:
+            await self._house.control.hang_up(stream.provider, stream.account, call_id)
+            ended = "call"
+        except UnsupportedCommand:
+            pass  # no credentials: the stream is what there is
+        except ApiFailed as failed:
+            trouble = failed
+        if not stream.session.over:  # the carrier may have been faster
+            self._perform(stream, Stop())
+        if trouble is not None:
+            raise Trouble(502, _prose(f"its stream is ended, but the call may go on: {trouble}"))
+        return _json({"session": stream.session_id, "done": "hangup", "ended": ended})
 
     def _perform(self, stream: Stream, command: Command) -> None:
         session, word = stream.session, COMMAND_NAMES[type(command)]
@@ -282,6 +332,38 @@ class Admin:
         except ConfigError as error:
             raise Trouble(422, str(error)) from None
         return _json({"asked": what} | ({} if result is None else {"result": result}), 202)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What can't be asked of a carrier, or was refused by it, becomes an answer."""
+    try:
+        yield
+    except UnsupportedCommand as error:
+        raise Trouble(409, str(error)) from None
+    except ValueError as error:
+        raise Trouble(400, str(error)) from None
+    except ApiFailed as failed:
+        raise Trouble(504 if failed.unknown else 502, _prose(str(failed))) from None
+
+
+def _prose(text: str) -> str:
+    """A sentence with a carrier's own words in it, without numbers."""
+    return str(logs.redact(None, "", {"error": text})["error"])
+
+
+async def _body(request: web.Request, want: type[T], example: str) -> T:
+    try:
+        return msgspec.json.decode(await request.read(), type=want)
+    except msgspec.ValidationError as error:
+        raise Trouble(400, f"{error}; {example}") from None
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        raise Trouble(400, f"not a JSON object; {example}") from None
+
+
+async def _order(request: web.Request) -> Placement:
+    example = 'send {"provider": "twilio", "to": "+14155550100", "from": "+14155550199"}, and perhaps "route"'
+    return await _body(request, Placement, example)
 
 
 async def _digits(request: web.Request) -> str:

@@ -58,12 +58,25 @@ class Answer(Struct, frozen=True):
 
 
 class HttpRequest(Struct, frozen=True):
-    """A request somebody else shall perform: providers return values and never open a socket."""
+    """A request somebody else shall perform: providers return values and never open a socket. It has a form or a raw body."""
 
     method: str
     url: str
     headers: Mapping[str, str] = field(default_factory=dict)
     form: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+    def __repr__(self) -> str:
+        """Headers hold credentials, forms and bodies numbers."""
+        return f"HttpRequest({self.method} {self.url}, headers={[*self.headers]}, …)"
+
+
+class ApiReply(Struct, frozen=True):
+    """What a carrier's API answered. `over`: the call has ended already; `problem` tells an operator why it was not `done`."""
+
+    outcome: Literal["done", "over", "refused"]
+    call_id: str = ""
+    problem: str = ""
 
 
 class Call(Struct, frozen=True):
@@ -221,6 +234,29 @@ class Provider(Protocol):
 
     def status(self, request: SignedRequest) -> StreamStatus:
         """What a status callback says. Never raises: `other` is the event of what is not understood."""
+        ...
+
+    def place_call(self, to: str, from_: str, answer_url: str, *, status_url: str | None = None) -> HttpRequest:
+        """The request to the carrier's API that has it call `to`, showing `from_`, and ask `answer_url` once that is answered.
+
+        `status_url` is told of the call's end. Perform it, and have `reply` read the answer; the reply's `call_id` is what the
+        webhooks will name. Raises UnsupportedCommand without credentials for the API; so do the next two.
+        """
+        ...
+
+    def hang_up_call(self, call_id: str) -> HttpRequest:
+        """The request that ends a call, not only its stream."""
+        ...
+
+    def transfer_call(self, call_id: str, *, xml: str = "", url: str = "") -> HttpRequest:
+        """The request that has a call go on with these XML elements, or with what `url` answers; exactly one is given.
+
+        The carrier ends the call's stream. Raises UnsupportedCommand for what this carrier can't be asked.
+        """
+        ...
+
+    def reply(self, status: int, body: bytes) -> ApiReply:
+        """What the API's answer to one of these three means. Never raises."""
         ...
 
     def call(self, request: SignedRequest) -> Call:

@@ -17,6 +17,7 @@ from structlog.typing import FilteringBoundLogger
 from gateway import __version__
 from gateway.admin import Admin, Hooks
 from gateway.bus import Bus
+from gateway.callcontrol import CallControl
 from gateway.clock import Clock
 from gateway.door import Door, Refused, Remarks
 from gateway.errors import MalformedFrame
@@ -28,7 +29,7 @@ from gateway.provider import Answer, Call, Provider, SignedRequest
 from gateway.routing import match
 from gateway.services.dialect import Dialects, no_dialects
 from gateway.services.dialler import Dialler
-from gateway.settings import Settings, host_port
+from gateway.settings import Route, Settings, host_port
 from gateway.stream import FAREWELL_SECS, House, Stream
 from gateway.tls import CHECK_SECS, Certificate
 from gateway.tokens import LEEWAY_SECS, LIFETIME_SECS, Ticket
@@ -105,6 +106,8 @@ class Server:
             dialler=Dialler(f"telephony-audio-gateway/{__version__}"),
             listening=Dialler(f"telephony-audio-gateway/{__version__}"),
             door=Door(self.settings, self.providers, self._log, remarks),
+            control=CallControl(f"telephony-audio-gateway/{__version__}"),
+            providers=self.providers,
             dialects=self._dialects,
         )
         app = web.Application(client_max_size=LARGEST_FRAME, middlewares=[self._observe])
@@ -167,7 +170,8 @@ class Server:
             for name in [*self._former][:-REMEMBERED_PROVIDERS]:
                 del self._former[name]
             # Streams hold on to their house; what both houses must know of calls is one and the same object.
-            self.house = replace(self.house, settings=settings, door=self.house.door.renewed(settings, providers))
+            door = self.house.door.renewed(settings, providers)
+            self.house = replace(self.house, settings=settings, door=door, providers=providers)
             self.settings, self.providers = settings, providers
         if self._certificate is not None:
             if self.settings.tls is not None:
@@ -196,6 +200,7 @@ class Server:
             await self._runner.cleanup()
         await self.house.dialler.close()
         await self.house.listening.close()
+        await self.house.control.close()
         self.house.door.close()
         if self.admin is not None:  # last: an end can be watched
             await self.admin.stop()
@@ -223,6 +228,7 @@ class Server:
             self.watchdog,
             self.hooks,
             listening=lambda: self._listener is not None and self._listener.is_serving(),
+            base_url=lambda: self.settings.base_url(self.port),
         )
 
     def _check_certificate(self) -> None:
@@ -238,7 +244,9 @@ class Server:
         if name not in self.providers:
             raise web.HTTPNotFound(text="")
         rules, provider, signed, call = await self._webhook(request)
-        route = match(rules.house.settings.routes, provider=name, called=call.called, caller=call.caller)
+        route = self._chosen(request, rules) or match(
+            rules.house.settings.routes, provider=name, called=call.called, caller=call.caller
+        )
         label = route.label if route is not None else ""
         try:
             reason = "draining" if self.hooks.draining else "loop_lag" if self.watchdog.overloaded() else None
@@ -258,6 +266,12 @@ class Server:
         )
         self._log.info("call_answered", provider=name, call_id=call.call_id, caller=call.caller, called=call.called, route=label)
         return _xml(answer)
+
+    def _chosen(self, request: web.Request, rules: Rules) -> Route | None:
+        """The route that is written into the answer URL of a call we placed, if it is there and takes this provider's calls."""
+        label = request.query.get("route")
+        route = rules.house.settings.route(label) if label else None
+        return route if route is not None and route.provider in (None, request.match_info["provider"]) else None
 
     async def _action(self, request: web.Request) -> web.Response:
         """The carrier asks what comes after a stream."""

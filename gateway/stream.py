@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -16,6 +17,7 @@ from aiohttp import web
 from structlog.typing import FilteringBoundLogger
 
 from gateway.bus import Bus, Subscription
+from gateway.callcontrol import CallControl
 from gateway.capture import Capture
 from gateway.clock import Clock
 from gateway.door import Door, Pass
@@ -24,7 +26,7 @@ from gateway.figures import Figures, measure
 from gateway.listeners import Listeners
 from gateway.media import Track
 from gateway.metrics import Totals
-from gateway.provider import Codec
+from gateway.provider import Codec, Provider
 from gateway.routing import match
 from gateway.services import Line, Link, ServiceLost
 from gateway.services.dialect import DialectLink, Dialects, no_dialects
@@ -65,6 +67,8 @@ class House:
     listening: Dialler
     """Dials listeners: those that can't be reached take no turn from a service that speaks."""
     door: Door
+    control: CallControl
+    providers: Mapping[str, Provider]
     streams: dict[str, Stream] = field(default_factory=dict)
     """By session id."""
     conversations: dict[tuple[str, str], Stream] = field(default_factory=dict)
@@ -173,6 +177,11 @@ class Stream:
             began=self._began,
             now=self._loop.time(),
         )
+
+    @property
+    def account(self) -> Provider:
+        """Whose call it is, as configured when it came."""
+        return self._house.providers[self.provider]
 
     # --- the line that links see ---
 

@@ -3,6 +3,7 @@ hands to our own codec because the carrier's start frame leaves them out."""
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
@@ -46,6 +47,30 @@ def check_tokens(auth: str | None, **secrets: str | list[str] | None) -> Problem
             yield f"{name}: is empty; give the account's secret, a list of secrets, or `auth: none`"
         elif any(each != each.strip() for each in ([secret] if isinstance(secret, str) else secret)):
             yield f"{name}: begins or ends with white space, which no carrier's secret does"
+
+
+def check_api(account_id: str | None, auth_token: str | list[str] | None, api_url: str) -> Problems:
+    """With an account's id its API can be asked: at a URL to which credentials may be sent, and with a secret to show."""
+    if account_id is not None and not auth_token:
+        yield "account_id: needs `auth_token` beside it; the API is asked with both"
+    try:
+        parts = urlsplit(api_url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        host, parts = None, urlsplit("")
+    plain = parts.scheme == "http" and host in _LOOPBACK
+    if not host or not (parts.scheme == "https" or plain) or not api_url.isascii() or not api_url.isprintable() or " " in api_url:
+        yield "api_url: is no https:// URL; write scheme and host, such as https://api.example.com"
+    elif "@" in parts.netloc or "?" in api_url or "#" in api_url or api_url.endswith("/"):
+        yield "api_url: has more than scheme, host and perhaps path; write it without credentials, `?`, `#` and a last slash"
+
+
+def basic(account_id: str | None, auth_token: str | list[str] | None) -> str:
+    """The Authorization header for the account's API, by its first secret. Raises UnsupportedCommand without credentials."""
+    if account_id is None or not auth_token:
+        raise UnsupportedCommand("the provider's configuration has no account_id, so its API can't be asked")
+    secret = auth_token if isinstance(auth_token, str) else auth_token[0]
+    return f"Basic {b64encode(f'{account_id}:{secret}'.encode()).decode()}"
 
 
 def check_names(parameters: dict[str, str]) -> Problems:

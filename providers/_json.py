@@ -103,6 +103,12 @@ def texts(values: Mapping[str, Any] | None) -> dict[str, str]:
     return {name: value if isinstance(value, str) else _text(value) for name, value in (values or {}).items()}
 
 
+def text(values: Mapping[str, Any], key: str) -> str:
+    """The beginning of the text under `key`; empty where there is none."""
+    value = values.get(key)
+    return excerpt(value) if isinstance(value, str) else ""
+
+
 def _text(value: object) -> str:
     return "" if value is None else _encode(value).decode()
 

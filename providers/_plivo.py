@@ -124,10 +124,12 @@ def call(request: SignedRequest) -> Call:
 
 
 def status(request: SignedRequest) -> StreamStatus:
-    """What a stream's status callback says. Never raises."""
+    """What a stream's status callback says, or a placed call's hang-up callback. Never raises."""
     form = request.form
     word = form.get("Event", "").lower()
     reason = form.get("StatusReason") or form.get("Error", "")
+    if word == "hangup":  # of a call that we placed: a busy line, no answer, …
+        reason = form.get("HangupCauseName") or form.get("CallStatus", "")
     return StreamStatus(form.get("CallUUID", ""), form.get("StreamID", ""), _STATUS.get(word, "other"), excerpt(reason))
 
 

@@ -48,10 +48,12 @@ def call(request: SignedRequest) -> Call:
 
 
 def status(request: SignedRequest) -> StreamStatus:
-    """What a stream's status callback says, or the action request after a session. Never raises."""
+    """What a stream's status callback says, the action request after a session, or a placed call's callback. Never raises."""
     form = request.form
     word = form.get("StreamEvent") or form.get("SessionStatus", "")
     error = form.get("StreamError") or f"{form.get('ErrorCode', '')} {form.get('ErrorMessage', '')}".strip()
+    if not word:  # of a call that we placed: completed, busy, no-answer, …
+        error = form.get("CallStatus", "")
     stream = form.get("StreamSid") or form.get("SessionId", "")
     return StreamStatus(form.get("CallSid", ""), stream, _STATUS.get(word, "other"), excerpt(error))
 

@@ -35,9 +35,9 @@ from gateway.events import (
     Unknown,
 )
 from gateway.media import MULAW_8K, MediaFormat, Track
-from gateway.provider import Answer, Call, Dial, Habits, HttpRequest, Limits, SignedRequest, StreamStatus
+from gateway.provider import Answer, ApiReply, Call, Dial, Habits, HttpRequest, Limits, SignedRequest, StreamStatus
 
-from . import _account, _plivo, _plivo_signature, _xml
+from . import _account, _plivo, _plivo_api, _plivo_signature, _xml
 from ._json import Id, Milliseconds, Reader, excerpt, write
 
 # Plivo's queue is said to hold 60 s or 40 s, depending on the page: 40 s is safe. 20 ms a frame is what it recommends;
@@ -57,6 +57,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     auth_token: the account's auth token, or a list of tokens while rotating; required unless `auth` is given.
     accept_v2: whether Plivo's older signature will do, which protects neither query nor body; default false.
     auth: `none` admits unsigned requests (loopback only); default: signatures are required.
+    account_id: the Auth ID, for placing, transferring and ending calls by Plivo's API; default none, it is not asked.
+    api_url: where Plivo's API is, up to but without its version; default https://api.plivo.com.
     mode: `converse` (both directions) or `listen` (we only hear); default converse.
     track: what a listening stream hears, `inbound`, `outbound` or `both`; default inbound.
     then: XML elements that run while a listening stream runs, such as <Dial>…</Dial>; required with `mode: listen`.
@@ -74,6 +76,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     auth_token: str | list[str] | None = None
     accept_v2: bool = False
     auth: Literal["none"] | None = None
+    account_id: str | None = None
+    api_url: str = _plivo_api.API_URL
     mode: Literal["converse", "listen"] = "converse"
     track: Literal["inbound", "outbound", "both"] = "inbound"
     then: str = ""
@@ -90,6 +94,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         _account.object_to(
             _account.check_tokens(self.auth, auth_token=self.auth_token),
+            _plivo_api.check(self.account_id, self.auth_token, self.api_url),
             _account.check_names(self.parameters),
             _account.check_mode(self.mode, self.track, self.then, after=self.after, service_lost=self.service_lost),
             _account.check_lead(self.lead_ms, _LIMITS.ceiling_ms),
@@ -468,6 +473,7 @@ class Provider:
     def __init__(self, config: Settings) -> None:
         self._config = config
         self._signer = None if config.auth else _plivo_signature.Signer(config.auth_token, accept_v2=config.accept_v2)
+        self._api = _plivo_api.Api(config.account_id, config.auth_token, config.api_url)
 
     def authenticate(self, request: SignedRequest) -> str:
         """The form of the URL that was signed. Raises SignatureMismatch unless a token of the account signed the request."""
@@ -518,6 +524,22 @@ class Provider:
     def call(self, request: SignedRequest) -> Call:
         """The call of a webhook. Raises MalformedFrame when it names none."""
         return _plivo.call(request)
+
+    def place_call(self, to: str, from_: str, answer_url: str, *, status_url: str | None = None) -> HttpRequest:
+        """Plivo's request for a call. Raises UnsupportedCommand without `account_id`."""
+        return self._api.place(to, from_, answer_url, status_url)
+
+    def hang_up_call(self, call_id: str) -> HttpRequest:
+        """Plivo's request to end a call. Raises UnsupportedCommand without `account_id`."""
+        return self._api.hang_up(call_id)
+
+    def transfer_call(self, call_id: str, *, xml: str = "", url: str = "") -> HttpRequest:
+        """Plivo's request to go on otherwise, by `url` only. Raises UnsupportedCommand for what can't be asked."""
+        return self._api.transfer(call_id, xml=xml, url=url)
+
+    def reply(self, status: int, body: bytes) -> ApiReply:
+        """What Plivo answered. Never raises."""
+        return _plivo_api.reply(status, body)
 
     def codec(self) -> Codec:
         """A fresh codec for one stream."""

@@ -36,9 +36,9 @@ from gateway.events import (
     Transcript,
     Unknown,
 )
-from gateway.provider import Answer, Call, Dial, Habits, HttpRequest, Limits, SignedRequest, StreamStatus
+from gateway.provider import Answer, ApiReply, Call, Dial, Habits, HttpRequest, Limits, SignedRequest, StreamStatus
 
-from . import _account, _twilio, _twilio_signature, _xml
+from . import _account, _twilio, _twilio_api, _twilio_signature, _xml
 from ._json import Id, Milliseconds, Reader, excerpt, texts, write
 
 _ACCEPTS: frozenset[type[Message]] = frozenset({Say, Play, Language, Dtmf, Checkpoint, Stop})
@@ -73,6 +73,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     auth_token: the account's primary auth token, or a list of tokens while rotating; required unless `auth` is given.
     signing_key: secret of a signing key (SharedKey), or a list, for requests that Twilio signs by HMAC-SHA256; default none.
     auth: `none` admits unsigned requests (loopback only); default: signatures are required.
+    account_id: the Account SID (AC…), for placing, transferring and ending calls by Twilio's API; default none, it is not asked.
+    api_url: where Twilio's API is, up to but without its version; default https://api.twilio.com.
     after: TwiML elements that run once the session has ended; default none, the call ends.
     service_lost: TwiML elements that run instead where the service was lost; default `after`.
     overflow: TwiML elements for a call that there is no room for; default <Reject reason="busy"/>.
@@ -110,6 +112,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     auth_token: str | list[str] | None = None
     signing_key: str | list[str] | None = None
     auth: Literal["none"] | None = None
+    account_id: str | None = None
+    api_url: str = _twilio_api.API_URL
     after: str = ""
     service_lost: str = ""
     overflow: str = ""
@@ -146,6 +150,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         _account.object_to(
             _account.check_tokens(self.auth, auth_token=self.auth_token, signing_key=self.signing_key),
+            _twilio_api.check(self.account_id, self.auth_token, self.api_url),
             _account.check_names(self.parameters),
             _twilio.check_parameters(self.parameters),
             _xml.check_elements("after", self.after),
@@ -459,6 +464,7 @@ class Provider:
     def __init__(self, config: Settings) -> None:
         self._config = config
         self._signer = None if config.auth else _twilio_signature.Signer(config.auth_token, config.signing_key)
+        self._api = _twilio_api.Api(config.account_id, config.auth_token, config.api_url)
 
     def authenticate(self, request: SignedRequest) -> str:
         """The form of the URL that was signed. Raises SignatureMismatch unless a secret of the account signed the request."""
@@ -500,6 +506,22 @@ class Provider:
     def call(self, request: SignedRequest) -> Call:
         """The call of a webhook. Raises MalformedFrame when it names none."""
         return _twilio.call(request)
+
+    def place_call(self, to: str, from_: str, answer_url: str, *, status_url: str | None = None) -> HttpRequest:
+        """Twilio's request for a call. Raises UnsupportedCommand without `account_id`."""
+        return self._api.place(to, from_, answer_url, status_url)
+
+    def hang_up_call(self, call_id: str) -> HttpRequest:
+        """Twilio's request to end a call. Raises UnsupportedCommand without `account_id`."""
+        return self._api.hang_up(call_id)
+
+    def transfer_call(self, call_id: str, *, xml: str = "", url: str = "") -> HttpRequest:
+        """Twilio's request to go on otherwise. Raises UnsupportedCommand for what can't be asked."""
+        return self._api.transfer(call_id, xml=xml, url=url)
+
+    def reply(self, status: int, body: bytes) -> ApiReply:
+        """What Twilio answered. Never raises."""
+        return _twilio_api.reply(status, body)
 
     def codec(self) -> Codec:
         """A fresh codec for one session."""
