@@ -18,10 +18,11 @@ from msgspec import inspect as types
 
 import providers
 from gateway import advice
-from gateway.errors import ConfigError, UnsupportedCommand
+from gateway.errors import ConfigError, LocalError, UnsupportedCommand
 from gateway.events import Start
 from gateway.media import MULAW_8K
-from gateway.provider import Provider
+from gateway.services import dialect_pipecat
+from gateway.services.dialect import Account
 from gateway.settings import MASKED, ProviderEntry, Route, Settings, WebsocketService, host_port, is_loopback
 from gateway.yaml_nodes import MAX_BYTES, Findings, Node, printable, read, shown
 
@@ -78,8 +79,12 @@ def examine_text(text: str, *, source: str = "<text>", environ: Mapping[str, str
     return settings, reader.warnings(source, settings)
 
 
-def dialect(kind: str, token: str | None) -> Provider:
-    """An account of `kind` that plays the carrier towards a service, signing with `token`. Raises whatever its options say."""
+def dialect(kind: str, token: str | None) -> Account:
+    """Who plays the carrier `kind` towards a service, signing with `token`. Raises whatever its options say."""
+    if kind == dialect_pipecat.KIND:
+        if token is not None:
+            raise ConfigError("pipecat knows no signatures; write `authorization` in place of `dialect_token`")
+        return dialect_pipecat.Account()
     provider = providers.load(kind)
     options = {"auth": "none"} if token is None else {"auth_token": token}
     return provider(provider.Config(**options))
@@ -388,24 +393,28 @@ class _Reader:
             if "dialect_token" in nodes:
                 self._report(nodes["dialect_token"], (*path, "dialect_token"), "has no effect without `dialect`", "write it, too")
             return
-        if "." not in kind and kind not in providers.names():
-            values["dialect"] = self._unknown(nodes["dialect"], (*path, "dialect"), "dialect", kind, providers.names())
+        known = [*providers.names(), dialect_pipecat.KIND]
+        if "." not in kind and kind not in known:
+            values["dialect"] = self._unknown(nodes["dialect"], (*path, "dialect"), "dialect", kind, known)
             return
         try:
             token = values.get("dialect_token")
             carrier = dialect(kind, None if token is _BAD else token).carrier()
         except Exception as error:  # a foreign module may fail in any way
-            reason = self._masked(f"{type(error).__name__}: {error}")
+            ours = isinstance(error, (ConfigError, LocalError))
+            reason = self._masked(str(error) if ours else f"{type(error).__name__}: {error}")
             values["dialect"] = self._report(nodes["dialect"], (*path, "dialect"), "can't be spoken", reason, shown=shown(kind))
             return
         if media_format is None:
-            values["media_format"] = MULAW_8K
+            values["media_format"] = dialect_pipecat.DEFAULT_FORMAT if kind == dialect_pipecat.KIND else MULAW_8K
         elif media_format is not _BAD and not carrier.habits.text:
             try:
                 [*carrier.encode(Start("stream", "call", media_format=media_format))]
             except UnsupportedCommand as error:
                 where = (*path, "media_format")
-                values["media_format"] = self._report(nodes["media_format"], where, str(error), "leave it out for mulaw 8000")
+                values["media_format"] = self._report(
+                    nodes["media_format"], where, str(error), "leave it out for the dialect's own"
+                )
 
     def _check_route(self, values: dict[str, Any], nodes: Mapping[str, Node], path: Path_) -> None:
         provider: Any = values.get("provider")

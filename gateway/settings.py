@@ -170,7 +170,7 @@ class WebsocketService(Struct, frozen=True, tag_field="kind", tag="websocket"):
     replay_ms: what it was sent and has not acknowledged, and what is said while it is away, is kept up to this.
     give_up_secs: how long a call waits for it, at the start and when it is lost.
     on_away: what the caller hears of what is still queued while it is away: all of it (`continue`), or nothing (`clear`).
-    dialect: a carrier's protocol (a provider's `kind`) that it is spoken to in; `media_format` is mulaw 8000 then; default ours.
+    dialect: a carrier's protocol (a provider's `kind`), or `pipecat`, to speak to it; `media_format` is that one's; default ours.
     dialect_token: signs the handshake as that carrier does, over `url`; default none, it is not signed.
     """
 

@@ -10,9 +10,9 @@ import hashlib
 import random
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Literal, assert_never
+from typing import Literal, Protocol, assert_never
 
 from aiohttp import WebSocketError, WSMessage, WSMsgType
 from msgspec import structs
@@ -40,8 +40,9 @@ from gateway.events import (
     Unknown,
 )
 from gateway.media import MediaFormat, Track
-from gateway.provider import Carrier, Habits, Provider, SignedRequest
+from gateway.provider import Carrier, Habits, SignedRequest
 from gateway.services import Line, LinkFigures, ServiceLost
+from gateway.services.dialect_pipecat import PipecatClient
 from gateway.services.dialler import Offer, ServiceSocket, Unreachable
 from gateway.services.retry import REFUSALS, Backoff, Limiter, Patience, Verdict, verdict
 from gateway.services.websocket import (
@@ -59,13 +60,26 @@ WRONG_SUBPROTOCOL = 1002
 REMARKED_KINDS = 20
 """Kinds of refused frames and commands that are remarked on, once each; the rest is only counted."""
 
-Dialects = Callable[[str, str | None], Provider]
+
+class Account(Protocol):
+    """Who plays the carrier: what a link needs of a `Provider`."""
+
+    def carrier(self) -> Carrier:
+        """A fresh carrier half for one stream."""
+        ...
+
+    def sign(self, request: SignedRequest) -> Mapping[str, str]:
+        """The headers with which the carrier signs this upgrade."""
+        ...
+
+
+Dialects = Callable[[str, str | None], Account]
 """From the kind and the token of a dialect to an account that plays this carrier. Raises whatever its options say."""
 
 Named = tuple[str, WebsocketService]
 
 
-def no_dialects(kind: str, _token: str | None) -> Provider:
+def no_dialects(kind: str, _token: str | None) -> Account:
     """Of a process that was made without any."""
     raise LookupError(f"no dialects here, so {kind} can't be spoken")
 
@@ -247,7 +261,9 @@ class _Conversation:
         self._ours: MediaFormat = ours
         theirs = line.start.media_format
         self._upward = Converter(theirs or ours, ours)
-        self._downward = Converter(ours, theirs or ours)
+        self._theirs: MediaFormat = theirs or ours
+        self._spoken: MediaFormat = ours
+        self._downward = Converter(ours, self._theirs)
         self._reframer = Reframer(ours.bytes_for(service.frame_ms))
         self._track: Track = service.track
         self._position = 0.0  # milliseconds on the media timeline: audio sent, and time that was left out
@@ -401,6 +417,10 @@ class _Conversation:
             if self._habits.text:  # the one carrier that answers says it in these words
                 await self._refuse(error)
             return
+        if isinstance(self._carrier, PipecatClient) and self._carrier.spoken != self._spoken:
+            self._play_out()
+            self._spoken = self._carrier.spoken
+            self._downward = Converter(self._spoken, self._theirs)
         for command in commands:
             match command:
                 case Audio():

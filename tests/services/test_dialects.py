@@ -22,6 +22,7 @@ from gateway.errors import ConfigError, MalformedFrame
 from gateway.events import Start
 from gateway.media import MULAW_8K, Encoding, MediaFormat, Track
 from gateway.provider import Habits
+from gateway.services import dialect_pipecat
 from gateway.services.dialect import likened, masked, no_dialects, translated
 from gateway.settings import WebsocketService
 from tests.conftest import Launch
@@ -574,6 +575,119 @@ async def test_words_and_audio_don_t_go_together(launch: Launch, log: list[Any],
     assert [] == bot.connections
 
 
+# --- pipecat: its messages by hand, from frames.proto ---
+
+
+def varint(number: int) -> bytes:
+    return bytes([number]) if number < 128 else bytes([number & 127 | 128]) + varint(number >> 7)
+
+
+def field(number: int, value: int | bytes) -> bytes:
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def fields(message: bytes) -> dict[int, Any]:
+    """What a message of numbers and bytes holds."""
+    found: dict[int, Any] = {}
+    at = 0
+
+    def number() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        key = number()
+        found[key >> 3] = number()
+        if key & 7 == 2:
+            size = found[key >> 3]
+            found[key >> 3] = message[at : at + size]
+            at += size
+    return found
+
+
+class PipecatBot:
+    """Says on its first audio 500 ms at 24 kHz, between captions and messages; `interrupt` is its barge-in."""
+
+    def __init__(self) -> None:
+        self.heard: list[dict[int, Any]] = []
+        self.ended: list[int | None] = []
+        self.socket: ServerConnection
+
+    async def attend(self, socket: ServerConnection) -> None:
+        self.socket = socket
+        with suppress(ConnectionClosed):
+            async for message in socket:
+                assert isinstance(message, bytes)
+                ((kind, body),) = fields(message).items()
+                assert 2 == kind
+                self.heard.append(fields(body))
+                if len(self.heard) == 1:
+                    await self.speak(500)
+        self.ended.append(socket.close_code)
+
+    async def speak(self, ms: int) -> None:
+        await self.socket.send(field(1, field(1, 77) + field(2, b"TextFrame#1") + field(3, b"Hello")))
+        for _ in range(ms // 20):
+            audio = field(1, 78) + field(2, b"AudioRawFrame") + field(3, b"\x10\x20" * 480) + field(4, 24000) + field(5, 1)
+            await self.socket.send(field(2, audio + field(6, 123456789)))
+        await self.socket.send(field(4, field(1, b'{"label":"rtvi-ai"}')))
+
+    async def interrupt(self) -> None:
+        await self.socket.send(field(5, field(1, 79) + field(2, b"InterruptionFrame#1")))
+
+
+async def test_a_pipecat_bot_connects_as_it_is(launch: Launch, log: list[Any]) -> None:
+    bot = PipecatBot()
+    async with serve(bot.attend, "127.0.0.1", 0) as listener:
+        url = f"ws://127.0.0.1:{listener.sockets[0].getsockname()[1]}/"
+        server = await launch(services={"bot": {"kind": "websocket", "url": url, "dialect": "pipecat"}})
+        async with TwilioMedia(stream_url(server, "twilio")) as call:
+            await call.speak(SPEECH[:1600])
+            await call.until(lambda: len(played(call)) >= 3980)
+            for rubbish in (
+                "text",
+                b"",
+                b"\xff\xff",
+                field(2, field(4, 7) + field(5, 1)),
+                field(2, field(4, 8000) + field(5, 2)),
+            ):
+                await bot.socket.send(rubbish)
+            await bot.speak(5000)
+            await call.until(lambda: len(call.ear.stretches) > 40)
+            await bot.interrupt()
+            await call.until(lambda: call.ear.clears)
+            await call.digits("1")
+            await call.hangup()
+            await until(lambda: bot.ended)
+    assert {(16000, 1)} == {(frame[4], frame[5]) for frame in bot.heard}
+    assert 6400 <= sum(len(frame[3]) for frame in bot.heard) <= 6600
+    assert {640} == {len(frame[3]) for frame in bot.heard[:-1]}
+    assert len(played(call)) < 30_000
+    assert [1000] == bot.ended
+    refused = logged(log, "dialect_refusals")[0]["refused"]
+    assert {"text_message": 1, "empty_frame": 1, "bad_protobuf": 1, "unsupported_format": 2} == refused
+    assert [] == call.violations
+
+
+def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(name)
+
+    dialect_pipecat.frame_class.cache_clear()
+    monkeypatch.setattr(dialect_pipecat, "import_module", missing)
+    with pytest.raises(ConfigError, match=r"can't be spoken: 'pipecat'; it needs .*telephony-audio-gateway\[pipecat\]"):
+        config.parse(FILE % "dialect: pipecat")
+
+
 # --- the configuration ---
 
 FILE = """
@@ -603,7 +717,12 @@ def test_a_dialect_has_the_carriers_format_unless_another_one_is_given() -> None
         ("dialect_token: abc", "has no effect without `dialect`"),
         (
             "dialect: twilio_media_streams, media_format: {encoding: alaw, sample_rate: 8000}",
-            "Twilio Media Streams carries mulaw/8000, not alaw/8000; leave it out for mulaw 8000",
+            "Twilio Media Streams carries mulaw/8000, not alaw/8000; leave it out for the dialect's own",
+        ),
+        ("dialect: pipecat, dialect_token: abc", "pipecat knows no signatures; write `authorization`"),
+        (
+            "dialect: pipecat, media_format: {encoding: mulaw, sample_rate: 8000}",
+            "pipecat carries pcm_s16le at any rate, not mulaw/8000; leave it out for the dialect's own",
         ),
         ("dialect: plivo_audio_streaming, dialect_token: ' x'", "begins or ends with white space"),
     ],
