@@ -33,6 +33,8 @@ from gateway.settings import Route, Settings, host_port
 from gateway.stream import FAREWELL_SECS, House, Stream
 from gateway.tls import CHECK_SECS, Certificate
 from gateway.tokens import LEEWAY_SECS, LIFETIME_SECS, Ticket
+from gateway.traced import TracedStream
+from gateway.tracing import open_tracer
 from gateway.watchdog import Watchdog
 
 LARGEST_FRAME = 64 * 1024
@@ -94,10 +96,11 @@ class Server:
         return self.house.streams
 
     async def start(self) -> int:
-        """Listen. Returns the port. Raises ConfigError for a certificate and OSError for an address that can't be used."""
+        """Listen. Returns the port. Raises ConfigError for a certificate or tracing, OSError for an address that won't do."""
         loop = asyncio.get_running_loop()
         if self.settings.tls is not None:
             self._certificate = Certificate(self.settings.tls, self._log)
+        tracer = open_tracer(self.settings.tracing)
         remarks = Remarks(self._log.warning)
         self.house = House(
             settings=self.settings,
@@ -108,6 +111,7 @@ class Server:
             door=Door(self.settings, self.providers, self._log, remarks),
             control=CallControl(f"telephony-audio-gateway/{__version__}"),
             providers=self.providers,
+            tracer=tracer,
             dialects=self._dialects,
         )
         app = web.Application(client_max_size=LARGEST_FRAME, middlewares=[self._observe])
@@ -201,6 +205,8 @@ class Server:
         await self.house.dialler.close()
         await self.house.listening.close()
         await self.house.control.close()
+        if self.house.tracer is not None:
+            await self.house.tracer.close()
         self.house.door.close()
         if self.admin is not None:  # last: an end can be watched
             await self.admin.stop()
@@ -327,7 +333,8 @@ class Server:
             if request.transport is None:
                 raise ConnectionResetError("the carrier is gone already")
             log = self._log.bind(provider=name)
-            stream = Stream(house, name, provider.codec(), socket, request.transport, admitted, log)
+            parts = (house, name, provider.codec(), socket, request.transport, admitted, log)
+            stream = Stream(*parts) if house.tracer is None else TracedStream(house.tracer, *parts)
         except BaseException:
             door.leave(admitted)
             raise

@@ -77,6 +77,10 @@ def _service_url(text: str) -> None:
     _url(text, "wss", "ws")
 
 
+def _collector_url(text: str) -> None:
+    _url(text, "http", "https")
+
+
 def _address(text: str) -> None:
     host_port(text)
 
@@ -257,6 +261,15 @@ class Tls(Struct, frozen=True):
     key: FilePath
 
 
+class Tracing(Struct, frozen=True):
+    """Where spans go, one per stream, by OTLP over HTTP. Takes the extra `tracing`; OTEL_* variables set the rest.
+
+    endpoint: URL of a collector, up to and with its path, such as `http://127.0.0.1:4318/v1/traces`; required.
+    """
+
+    endpoint: Annotated[str, Meta(extra={"check": _collector_url}, extra_json_schema={"pattern": "^https?://[^@#]+$"})]
+
+
 class Settings(Struct, frozen=True):
     """The whole configuration.
 
@@ -269,6 +282,7 @@ class Settings(Struct, frozen=True):
     public_url: what carriers dial, https, up to but without the provider's name; required unless each provider has `auth: none`.
     secret: signs stream URLs, the same on all instances (`openssl rand -hex 32`); required unless each provider has `auth: none`.
     tls: certificate and key, and `listen` serves https and wss; default none, a proxy does that.
+    tracing: where traces of streams go, by OpenTelemetry; default none, nothing is traced.
     trusted_proxies: networks of the proxies whose X-Forwarded-For is believed, a list such as `10.0.0.0/8`.
     max_calls: calls at once in each process; further ones are refused.
     max_calls_per_second: new calls a second in each process, as many at once.
@@ -288,6 +302,7 @@ class Settings(Struct, frozen=True):
     public_url: PublicUrl | None = None
     secret: Annotated[str, Meta(min_length=16)] | None = None
     tls: Tls | None = None
+    tracing: Tracing | None = None
     trusted_proxies: tuple[Network, ...] = ()
     max_calls: Annotated[int, Meta(ge=1, le=100_000)] = 500
     max_calls_per_second: Annotated[float, Meta(gt=0, le=100_000)] = 50.0

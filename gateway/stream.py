@@ -37,6 +37,7 @@ from gateway.services.websocket import WebsocketLink
 from gateway.session import Session
 from gateway.settings import EchoService, RecorderService, Route, Service, Settings, WebsocketService
 from gateway.stopwatch import EVERY, Stopwatch
+from gateway.tracing import Tracer
 
 FAREWELL_SECS = 2.0
 """How long a carrier may take to close after it was told to end, and a service to take its last messages."""
@@ -69,6 +70,7 @@ class House:
     door: Door
     control: CallControl
     providers: Mapping[str, Provider]
+    tracer: Tracer | None
     streams: dict[str, Stream] = field(default_factory=dict)
     """By session id."""
     conversations: dict[tuple[str, str], Stream] = field(default_factory=dict)

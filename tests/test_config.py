@@ -20,7 +20,7 @@ import providers
 from gateway import cli, config, schema, yaml_nodes
 from gateway.errors import ConfigError
 from gateway.media import MULAW_8K, Encoding, MediaFormat, Track
-from gateway.settings import EchoService, ProviderEntry, RecorderService, Route, Settings, Tls, WebsocketService
+from gateway.settings import EchoService, ProviderEntry, RecorderService, Route, Settings, Tls, Tracing, WebsocketService
 from tests.test_tls import Files
 
 ROOT = Path(__file__).parent.parent
@@ -617,6 +617,7 @@ def sections() -> dict[str, type[msgspec.Struct]]:
     found: dict[str, type[msgspec.Struct]] = {
         "The file": Settings,
         "`tls`": Tls,
+        "`tracing`": Tracing,
         "`providers`: each": ProviderEntry,
         **{f"`providers`: `kind: {kind}`": providers.load(kind).Config for kind in providers.names()},
         "`services`: `kind: websocket`": WebsocketService,

@@ -29,7 +29,7 @@ from tests.test_config import TEXTS
 from tests.test_end_to_end import MULAW, played
 from tests.test_tls import Files
 
-FIXED = {"listen", "admin", "admin_token", "public_url", "secret", "log_level"}
+FIXED = {"listen", "admin", "admin_token", "public_url", "secret", "log_level", "tracing"}
 MULAW_8K = {"encoding": "mulaw", "sample_rate": 8000}
 
 

@@ -18,6 +18,7 @@ from gateway.services.framed import SUBPROTOCOL_FRAMED
 from gateway.services.native import SUBPROTOCOL_RAW
 from gateway.services.retry import FAILURES_PER_SEC, FINAL_STATUSES, PROBE_SECS, Breaker, Limiter
 from gateway.settings import WebsocketService
+from gateway.tracing import CURRENT
 
 HANDSHAKES = 32
 """Handshakes at once with one service: one that is back is not run over by a thousand calls."""
@@ -135,9 +136,15 @@ class Dialler:
     async def dial_as(self, name: str, service: WebsocketService, offer: Offer) -> ServiceSocket:
         """The same, as somebody who offers this. Raises Unreachable."""
         self._dialling[name] += 1
+        trace = CURRENT.get()
+        if trace is not None:
+            offer = offer._replace(headers={**offer.headers, "traceparent": trace.traceparent})
         try:
             async with self._handshakes[name]:
-                return await self._dial(self._breakers[name], service, offer)
+                socket = await self._dial(self._breakers[name], service, offer)
+            if trace is not None:
+                trace.connected(name)
+            return socket
         finally:
             self._dialling[name] -= 1
 
