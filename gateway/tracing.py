@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 INSTALL = 'pip install "telephony-audio-gateway[tracing]"'
-EXPORT_SECS = 3.0
+EXPORT_SECS = 3
 """How long one delivery may take, the last one when the process ends included. What waits is bounded; the rest is dropped."""
 
 Value = str | int | float

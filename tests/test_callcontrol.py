@@ -184,9 +184,10 @@ async def test_without_a_route_the_first_that_fits_takes_it_and_an_unknown_one_c
     assert 202 == (await operator.post(server, "/calls", json=order(name)))[0]
     url = answer_url(api)
     assert url.endswith(f"/{name}/answer")
-    for wanted in (url, f"{url}?route=nobody", f"{url}?route={'others' if name != 'relay' else ''}"):
+    unfit = () if name == "relay" else (url, f"{url}?route=others")  # each call of text takes seconds to end
+    for wanted in (f"{url}?route=nobody", *unfit):
         log.clear()
-        assert (await answered(server, name, wanted, hold_secs=0.1)).connected
+        assert (await answered(server, name, wanted, hold_secs=0.1, say=[])).connected
         assert ["yes"] == [entry["route"] for entry in log if entry["event"] == "call_answered"]
 
 

@@ -318,6 +318,7 @@ async def test_what_takes_a_restart_is_kept_and_said(gateway: Gateway, log: list
         log_level="debug",
         public_url="http://localhost:1",
         secret=LONG[::-1],
+        tracing={"endpoint": "http://127.0.0.1:9/v1/traces"},
         hold_ms=7,
     )
     done = await gateway.reload()
