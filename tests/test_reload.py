@@ -331,7 +331,7 @@ async def test_what_takes_a_restart_is_kept_and_said(gateway: Gateway, log: list
     (kept,) = [entry for entry in log if entry["event"] == "configuration_kept"]
     assert ("warning", sorted(FIXED)) == (kept["log_level"], sorted(kept["keys"]))
     assert LONG not in str(log)
-    gateway.write(listen="127.0.0.1:0", admin=None, admin_token=None, log_level=None, public_url=None, secret=LONG)
+    gateway.write(listen="127.0.0.1:0", admin=None, admin_token=None, log_level=None, public_url=None, secret=LONG, tracing=None)
     again = await gateway.reload()
     assert ([], []) == (again.changed, again.kept)
 
