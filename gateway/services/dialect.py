@@ -163,7 +163,8 @@ class DialectLink:
             self._conversation = None
         if conversation.stopped or any(isinstance(event, Stop) for event in self._taken):
             return True
-        conversation.leave(clear=self._service.on_away == "clear")
+        if self._role == "speaker":
+            conversation.leave(clear=self._service.on_away == "clear")
         if verdict(code) is Verdict.DONE:
             if self._role == "speaker":
                 self._line.perform(Stop())
@@ -348,7 +349,7 @@ class _Conversation:
                     await self._send(event)
             case Fault():
                 # Ours and the carrier's look alike; a carrier of words tells of both.
-                self._remark(event.code, event.message if not self._habits.text else "")
+                self._remark(event.code, masked(event.message) if not self._habits.text else "")
                 if self._habits.text:
                     await self._send(event)
             case Stop():
@@ -413,8 +414,8 @@ class _Conversation:
         try:
             commands = [*self._carrier.decode(frame)]
         except MalformedFrame as error:
-            self._remark(error.reason, masked(error) if not self._habits.text else "")
-            if self._habits.text:  # the one carrier that answers says it in these words
+            self._remark(error.reason, masked(detail(error)) if not self._habits.text else "")
+            if self._habits.text and not self._full():  # the one carrier that answers says it in these words
                 await self._refuse(error)
             return
         if isinstance(self._carrier, PipecatClient) and self._carrier.spoken != self._spoken:
@@ -467,9 +468,9 @@ def detail(error: MalformedFrame) -> str:
     return str(error).removeprefix(f"{error.reason}: ")
 
 
-def masked(error: MalformedFrame) -> str:
+def masked(text: str) -> str:
     """The same for a log: without the digits and names that it quotes."""
-    return re.sub(r"'[^']*'", "'…'", detail(error))
+    return re.sub(r"(?<!\w)'[^']*'", "'…'", text)
 
 
 # --- one carrier's call, told as another's ---

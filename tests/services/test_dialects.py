@@ -7,6 +7,7 @@ import base64
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from socket import SO_RCVBUF, SOL_SOCKET
 from typing import Any, Self
 
 import pytest
@@ -23,7 +24,7 @@ from gateway.events import Start
 from gateway.media import MULAW_8K, Encoding, MediaFormat, Track
 from gateway.provider import Habits
 from gateway.services import dialect_pipecat
-from gateway.services.dialect import likened, masked, no_dialects, translated
+from gateway.services.dialect import detail, likened, masked, no_dialects, translated
 from gateway.settings import WebsocketService
 from tests.conftest import Launch
 from tests.doubles import ConversationRelay, Plivo, RecordingService, TwilioMedia
@@ -316,6 +317,71 @@ async def test_what_the_carrier_left_out_shows_in_the_timestamps(launch: Launch)
     assert ["0", "20", "440", "460"] == [frame["media"]["timestamp"] for frame in bot.told("media")]
 
 
+class Stall(TwilioBot):
+    """Reads nothing until it is told to, and its system holds little."""
+
+    def __init__(self) -> None:
+        super().__init__(echo=False)
+        self.go = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        await super().__aenter__()
+        for listener in self._server.sockets:
+            listener.setsockopt(SOL_SOCKET, SO_RCVBUF, 8192)  # whom it accepts inherits it
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.go.set()
+        await super().__aexit__()
+
+    async def _attend(self, socket: ServerConnection) -> None:
+        await self.go.wait()
+        await super()._attend(socket)
+
+
+async def test_a_slow_bot_misses_audio_and_its_timeline_says_how_much(launch: Launch, log: list[Any]) -> None:
+    async with Stall() as bot:
+        server = await launch(services={"bot": bot.service()}, hold_ms=500)
+        async with Plivo(stream_url(server, "plivo"), pace="fast") as call:
+            await call.speak(MULAW[:16000] * 60)
+            (stream,) = server.streams.values()
+            await until(lambda: stream.session.received_bytes == 960_000)
+            bot.go.set()
+            await until(lambda: bot.frames and stream.figures().held == 0)
+            await call.speak(MULAW[:1600])
+            await call.hangup()
+            await until(lambda: bot.ended)
+    ended = logged(log, "stream_ended")[0]
+    assert 961_600 == ended["received_samples"] == ended["forwarded_samples"] + ended["dropped_samples"]
+    assert ended["dropped_samples"] > 100_000
+    assert ended["forwarded_samples"] == len(bot.audio)
+    gap_ms = ended["gap_ms"] + ended["dropped_samples"] / 8
+    assert abs(len(bot.audio) / 8 + gap_ms - 20 - int(bot.told("media")[-1]["media"]["timestamp"])) <= 20
+    assert [] == call.violations
+
+
+async def test_a_bot_that_takes_nothing_any_more_is_lost(launch: Launch, log: list[Any]) -> None:
+    async with Stall() as bot:
+        server = await launch(services={"bot": bot.service(replay_ms=300)}, hold_ms=500)
+        async with Plivo(stream_url(server, "plivo"), pace="fast") as call:
+            await call.speak(MULAW[:16000] * 60)
+            await call.wait_closed()
+        bot.go.set()
+    assert "code 1006" in logged(log, "service_lost")[0]["error"]
+
+
+async def test_what_a_lost_bot_has_said_is_cut_where_that_is_wanted(launch: Launch) -> None:
+    async with TwilioBot(echo=False, close_code=1011) as bot:
+        services = {"bot": bot.service(on_away="clear"), "echo": {"kind": "echo"}}
+        server = await launch(services=services, routes=[{"service": ["bot", "echo"], "on_lost": "next"}])
+        async with Plivo(stream_url(server, "plivo")) as call:
+            await call.digits("2")
+            await call.until(lambda: call.buffered_ms)
+            await call.digits("#")
+            await call.until(lambda: call.ear.clears)
+    assert [] == call.violations
+
+
 # --- the handshake ---
 
 
@@ -423,7 +489,7 @@ async def test_what_the_real_call_can_t_do_is_remarked(launch: Launch, log: list
             await until(lambda: bot.told("playedStream"))
     (remark,) = logged(log, "dialect_refused")
     assert "unsupported_command" == remark["reason"]
-    assert "can't carry out 'dtmf'" in remark["detail"]
+    assert "this stream can't carry out '…'; it accepts: audio, checkpoint, clear, stop" == remark["detail"]
     assert [] == call.violations
 
 
@@ -763,4 +829,4 @@ def test_a_process_without_dialects_says_so() -> None:
 
 
 def test_a_remark_quotes_no_digits() -> None:
-    assert "digits '…' of '…'" == masked(MalformedFrame("x", "digits '1234' of 'y'"))
+    assert "digits '…' of '…'" == masked(detail(MalformedFrame("x", "digits '1234' of 'y'")))
