@@ -269,7 +269,9 @@ async def _simulate(
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as progress:
+    if quiet or not console.is_terminal:
+        return await simulator.simulate_many(calls, place)
+    with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("calls", total=calls)
 
         def advance(started: int, finished: int) -> None:
