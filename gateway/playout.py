@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from math import ceil
 
 from gateway.events import Audio, Checkpoint, Clear, Outcome
 from gateway.media import MediaFormat
@@ -23,6 +24,9 @@ FAREWELL_SECS = 1.0
 
 LARGEST_LATENESS_SECS = 0.25
 """Echoes that are later than this tell of a fault, not of the way to the caller's ear."""
+
+ROUNDING = 1e-3
+"""Bytes that sums of times may be off; a sample counts as heard once it has been heard whole."""
 
 MOST_PENDING = 5000
 """Checkpoints that may be pending at once."""
@@ -263,8 +267,8 @@ class Playout:
         """Bytes that the caller has heard since the last clear."""
         if not self._sent:
             return 0
-        ahead = int(max(0.0, self._dry_at - now) * self._rate)
-        ahead -= ahead % self.sample_bytes
+        ahead = ceil(max(0.0, self._dry_at - now) * self._rate - ROUNDING)
+        ahead += -ahead % self.sample_bytes
         return max(self._heard, self._sent - ahead)
 
     # --- inside ---

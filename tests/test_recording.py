@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gateway.audio.g711 import encode_mulaw
@@ -129,6 +129,7 @@ def test_a_process_that_slept_tells_a_gap() -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@example([37, "mark"])
 @given(st.lists(st.one_of(st.integers(1, 900), st.just("clear"), st.just("mark"), st.floats(0.1, 400)), max_size=30))
 def test_any_conversation_is_heard_as_the_account_has_it(steps: list[int | float | str]) -> None:
     """What is told as heard is, to the byte, what the account says was played, whatever the service does when."""
