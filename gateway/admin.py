@@ -310,7 +310,7 @@ class Admin:
     def _stream(self, request: web.Request) -> Stream:
         stream = self._house.streams.get(request.match_info["session"])
         if stream is None:
-            raise Trouble(404, "no live call has this session id; GET /calls lists them")
+            raise Trouble(404, "no live call has such a session id; GET /calls lists them")
         return stream
 
     # --- the process ---
