@@ -26,7 +26,7 @@ FROM_SERVICE: tuple[type[Down], ...] = tuple(Down.__subclasses__())
 
 NUMBERED = {
     "n": {"type": "integer", "minimum": 0, "description": "Framed mode: the text's number; a service may take each once."},
-    "replayed": {"const": True, "description": "Framed mode: the text was sent before, on a connection that is gone."},
+    "replayed": {"const": True, "description": "Framed mode: the text is from before this connection."},
 }
 """What framed mode adds to each text from the gateway but `start` and `ack`."""
 
