@@ -30,9 +30,29 @@ class Recording(Struct, frozen=True):
     heard_from_ms: float = 0.0
 
 
+class StreamReport(Struct, kw_only=True):
+    """One stream of a call; times since the call began. `gap_ms`: from the end of the last stream there was to this one's start.
+
+    `attached_ms` is None where it never came to be. `problem` is what went wrong with it, empty where nothing did.
+    """
+
+    stream_id: str
+    attached_ms: int | None = None
+    ended_ms: int | None = None
+    gap_ms: int | None = None
+    frames_out: int = 0
+    frames_in: int = 0
+    ended_by: Literal["caller", "gateway", "nobody"] = "nobody"
+    close_code: int | None = None
+    problem: str = ""
+
+
 class CallReport(Struct, kw_only=True):
     """How one simulated call went, as the carrier and the caller saw it. `frames_out` went to the gateway, `frames_in` came back.
 
+    `streams` has each stream of the call: when one ends a carrier asks what comes next, and that may be another. So much of the
+    caller's audio as `lost_in_gaps_ms` found no stream. `ended_with` is the XML that ended the call, None where the caller hung
+    up or nobody was asked; `stream_id` and `close_code` are the first stream's and the last's.
     `checkpoints` hold the truth about each checkpoint and whether the carrier echoed it; `clears` what each clear cut;
     `errors` are what went wrong, `remarks` what may well be meant so. `latency_*` are None unless the caller heard an echo.
     """
@@ -42,6 +62,9 @@ class CallReport(Struct, kw_only=True):
     call_id: str
     stream_id: str
     connected: bool = False
+    streams: list[StreamReport] = field(default_factory=list)
+    lost_in_gaps_ms: int = 0
+    ended_with: str | None = None
     duration_ms: int = 0
     frames_out: int = 0
     frames_in: int = 0
@@ -67,6 +90,11 @@ class CallReport(Struct, kw_only=True):
     errors: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     recording: Recording | None = None
+
+    @property
+    def gaps_ms(self) -> list[int]:
+        """For each time the call was attached again: how long it had no stream."""
+        return [stream.gap_ms for stream in self.streams if stream.gap_ms is not None]
 
     @property
     def ok(self) -> bool:

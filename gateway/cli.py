@@ -198,6 +198,9 @@ def _writable(_context: click.Context, _option: click.Parameter, path: Path | No
 @click.option("--calls", default=1, show_default=True, type=click.IntRange(1, 2000), help="How many calls at the same time.")
 @click.option("--hold", "hold_secs", default=1.0, show_default=True, type=SECONDS, help="How long the caller stays at the end.")
 @click.option("--barge-in", "barge_in_after_secs", type=SECONDS, help="Speak only after hearing the agent for so many seconds.")
+@click.option(
+    "--follow/--one-stream", default=True, show_default=True, help="When a stream ends, ask what comes next, as carriers do."
+)
 @click.option("--caller", default="+15550100001", show_default=True)
 @click.option("--called", default="+15550100002", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per call (the default when piped).")

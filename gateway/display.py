@@ -102,7 +102,9 @@ def print_reports(console: Console, reports: list[CallReport], save: Path | None
             ("checkpoints", ", ".join(f"{mark.outcome} after {mark.played_ms} ms" for mark in report.checkpoints) or "none"),
             ("clears", ", ".join(_cut(cut) for cut in report.clears) or "none"),
             ("keys pressed / heard", f"{report.dtmf_sent or '–'} / {report.dtmf_heard or '–'}"),
+            *(("a stream again after", f"{gap} ms") for gap in report.gaps_ms),
             ("ended by", f"{report.ended_by} (close code {report.close_code})"),
+            *((("then told", report.ended_with),) if report.ended_with is not None else ()),
         ]
         console.print(Text(f"call {report.call_id}", style="bold"))
         if len(reports) <= MOST_IN_FULL:

@@ -99,7 +99,10 @@ class StreamStatus(Struct, frozen=True):
 
 
 class Dial(Struct, frozen=True):
-    """A carrier's reading of an answer: where to connect, what to say in the start frame, whom to ask and tell afterwards."""
+    """A carrier's reading of an answer: where to connect, what to say in the start frame, whom to ask and tell afterwards.
+
+    `greeting` is what a carrier of text says to the caller of its own accord.
+    """
 
     url: str
     parameters: Mapping[str, str] = field(default_factory=dict)
@@ -107,7 +110,17 @@ class Dial(Struct, frozen=True):
     tracks: tuple[str, ...] = ("inbound",)
     bidirectional: bool = True
     action_url: str | None = None
+    greeting: str = ""
     status_url: str | None = None
+
+
+class StreamEnd(Struct, frozen=True):
+    """How a stream ended that a carrier asks after: by our `request`, by its socket's `failure`, or by the caller's `hangup`."""
+
+    stream_id: str
+    cause: Literal["request", "failure", "hangup"]
+    duration_secs: int = 0
+    handoff: str | None = None
 
 
 class Limits(Struct, frozen=True):
@@ -129,6 +142,8 @@ class Habits(Struct, frozen=True):
     `text` — it carries words, not audio. `says_stop` — it sends a stop before it closes. `echoes_cleared` — a clear sends
     back the marks it cut as if they had played. `confirms_clear` — a clear is acknowledged. `subprotocol` — it offers this.
     `id_prefixes` — of call, stream and account, before 32 hexadecimal digits; None: UUIDs.
+    `stream_attempts` — how often it tries to connect a stream. `webhook_retries` — of a webhook whose connection fails, and with
+    `retries_silence` of one that is not answered in time. `tells_hangup` — the action is asked after a hang-up too, for nothing.
     """
 
     text: bool = False
@@ -137,6 +152,10 @@ class Habits(Struct, frozen=True):
     confirms_clear: bool = False
     subprotocol: str | None = None
     id_prefixes: tuple[str, str, str] | None = None
+    stream_attempts: int = 1
+    webhook_retries: int = 1
+    retries_silence: bool = False
+    tells_hangup: bool = False
 
 
 class Codec(Protocol):
@@ -273,8 +292,8 @@ class Provider(Protocol):
         ...
 
     @classmethod
-    def webhook(cls, call: Call, url: str) -> HttpRequest:
-        """The request with which this carrier asks `url` what to do with `call` (unsigned)."""
+    def webhook(cls, call: Call, url: str, ended: StreamEnd | None = None) -> HttpRequest:
+        """The unsigned request that asks `url` what to do with `call` or, once a stream of it has `ended`, what comes next."""
         ...
 
     @classmethod

@@ -100,6 +100,15 @@ class Voice:
         self._events.append(BargeIn(fragment, after_ms))
         return events + self._hush()
 
+    def end(self, now: float) -> None:
+        """The stream is over: what was not spoken never is, and nothing is told of it."""
+        self._run(now)
+        if self._queue and self._now >= self._head_at:
+            self._cut_head()
+        self._queue.clear()
+        self._events.clear()
+        self._piece, self._active = "", False
+
     def advance(self, now: float) -> list[Event]:
         """What the carrier has to say by `now`."""
         self._run(now)

@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote
 
 from gateway.errors import MalformedFrame
 from gateway.media import Encoding, MediaFormat
-from gateway.provider import Call, HttpRequest, SignedRequest, StreamStatus
+from gateway.provider import Call, HttpRequest, SignedRequest, StreamEnd, StreamStatus
 
 from ._json import excerpt, read_object, texts
 
@@ -133,16 +133,16 @@ def status(request: SignedRequest) -> StreamStatus:
     return StreamStatus(form.get("CallUUID", ""), form.get("StreamID", ""), _STATUS.get(word, "other"), excerpt(reason))
 
 
-def webhook(call: Call, url: str) -> HttpRequest:
-    """Plivo's POST that asks what to do with a call."""
+def webhook(call: Call, url: str, ended: StreamEnd | None = None) -> HttpRequest:
+    """Plivo's POST that asks what to do with a call, or, once its stream has ended, what the `<Redirect>` after that says."""
     outbound = call.direction == "outbound"
     form = {
         "CallUUID": call.call_id,
         "From": call.caller.removeprefix("+"),
         "To": call.called.removeprefix("+"),
         "Direction": "outbound" if outbound else "inbound",
-        "CallStatus": "in-progress" if outbound else "ringing",
-        "Event": "StartApp",
+        "CallStatus": "in-progress" if outbound or ended else "ringing",
+        "Event": "Redirect" if ended else "StartApp",
         "ParentAuthID": call.account_id,
     }
     if outbound:

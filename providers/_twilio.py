@@ -10,7 +10,7 @@ from typing import Literal
 from xml.etree.ElementTree import Element
 
 from gateway.errors import MalformedFrame
-from gateway.provider import Answer, Call, HttpRequest, SignedRequest, StreamStatus
+from gateway.provider import Answer, Call, HttpRequest, SignedRequest, StreamEnd, StreamStatus
 
 from . import _xml
 from ._json import excerpt
@@ -65,8 +65,11 @@ def direction(word: str) -> str:
     return "inbound" if word == "inbound" else ""
 
 
-def webhook(call: Call, url: str) -> HttpRequest:
-    """Twilio's POST that asks what to do with a call."""
+def webhook(call: Call, url: str, ended: StreamEnd | None = None, *, session: bool = False) -> HttpRequest:
+    """Twilio's POST that asks what to do with a call, or the action request once its stream has ended.
+
+    After a `session` of ConversationRelay it tells how that went; which fields follow a Media Stream is documented nowhere.
+    """
     form = {
         "AccountSid": call.account_id,
         "ApiVersion": "2010-04-01",
@@ -78,6 +81,18 @@ def webhook(call: Call, url: str) -> HttpRequest:
         "From": call.caller,
         "To": call.called,
     }
+    if ended is not None:
+        form["CallStatus"] = "completed" if ended.cause == "hangup" else "in-progress"
+    if ended is not None and session:
+        form |= {
+            "SessionId": ended.stream_id,
+            "SessionStatus": {"request": "ended", "failure": "failed", "hangup": "completed"}[ended.cause],
+            "SessionDuration": str(ended.duration_secs),
+        }
+        if ended.handoff is not None:
+            form["HandoffData"] = ended.handoff
+        if ended.cause == "failure":
+            form |= {"ErrorCode": "64105", "ErrorMessage": "Websocket ended"}
     return HttpRequest("POST", url, {"content-type": "application/x-www-form-urlencoded; charset=UTF-8"}, form)
 
 

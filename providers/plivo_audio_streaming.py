@@ -35,7 +35,7 @@ from gateway.events import (
     Unknown,
 )
 from gateway.media import MULAW_8K, MediaFormat, Track
-from gateway.provider import Answer, ApiReply, Call, Dial, Habits, HttpRequest, Limits, SignedRequest, StreamStatus
+from gateway.provider import Answer, ApiReply, Call, Dial, Habits, HttpRequest, Limits, SignedRequest, StreamEnd, StreamStatus
 
 from . import _account, _plivo, _plivo_api, _plivo_signature, _xml
 from ._json import Id, Milliseconds, Reader, excerpt, write
@@ -348,7 +348,9 @@ def _because(reason: object, frame: str | bytes) -> str:
 class Carrier:
     """Plivo's half: one counter over all messages, chunks counted per track, numbers as numbers but for timestamps."""
 
-    habits: ClassVar[Habits] = Habits(says_stop=False, confirms_clear=True, subprotocol="audio.plivo.com")
+    habits: ClassVar[Habits] = Habits(
+        says_stop=False, confirms_clear=True, subprotocol="audio.plivo.com", stream_attempts=3, retries_silence=True
+    )
 
     def __init__(self) -> None:
         self._start: Start | None = None
@@ -551,9 +553,9 @@ class Provider:
         return Carrier()
 
     @classmethod
-    def webhook(cls, call: Call, url: str) -> HttpRequest:
-        """Plivo's POST that asks `url` what to do with `call` (unsigned)."""
-        return _plivo.webhook(call, url)
+    def webhook(cls, call: Call, url: str, ended: StreamEnd | None = None) -> HttpRequest:
+        """Plivo's POST that asks `url` what to do with `call`, or what next once its stream `ended` (unsigned)."""
+        return _plivo.webhook(call, url, ended)
 
     @classmethod
     def dial(cls, answer: str) -> Dial:
@@ -579,4 +581,4 @@ class Provider:
         follows = response[[*response].index(stream) + 1 :]
         action = (follows[0].text or "").strip() if follows and follows[0].tag == "Redirect" else None
         status = stream.get("statusCallbackUrl")
-        return Dial(url, _plivo.read_headers(headers), form, _TRACKS[track], bidirectional, action, status)
+        return Dial(url, _plivo.read_headers(headers), form, _TRACKS[track], bidirectional, action, status_url=status)

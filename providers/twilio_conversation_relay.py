@@ -36,7 +36,7 @@ from gateway.events import (
     Transcript,
     Unknown,
 )
-from gateway.provider import Answer, ApiReply, Call, Dial, Habits, HttpRequest, Limits, SignedRequest, StreamStatus
+from gateway.provider import Answer, ApiReply, Call, Dial, Habits, HttpRequest, Limits, SignedRequest, StreamEnd, StreamStatus
 
 from . import _account, _twilio, _twilio_api, _twilio_signature, _xml
 from ._json import Id, Milliseconds, Reader, excerpt, texts, write
@@ -361,7 +361,7 @@ def _or_none(value: Any) -> Any:
 class Carrier:
     """Twilio's half: no counters, no timestamps, no ids but in `setup`."""
 
-    habits: ClassVar[Habits] = Habits(text=True, says_stop=False, id_prefixes=("CA", "VX", "AC"))
+    habits: ClassVar[Habits] = Habits(text=True, says_stop=False, id_prefixes=("CA", "VX", "AC"), tells_hangup=True)
 
     def __init__(self) -> None:
         self._started = False
@@ -533,9 +533,9 @@ class Provider:
         return Carrier()
 
     @classmethod
-    def webhook(cls, call: Call, url: str) -> HttpRequest:
-        """Twilio's POST that asks `url` what to do with `call` (unsigned)."""
-        return _twilio.webhook(call, url)
+    def webhook(cls, call: Call, url: str, ended: StreamEnd | None = None) -> HttpRequest:
+        """Twilio's POST that asks `url` what to do with `call`, or what next once its stream `ended` (unsigned)."""
+        return _twilio.webhook(call, url, ended, session=True)
 
     @classmethod
     def dial(cls, answer: str) -> Dial:
@@ -543,7 +543,14 @@ class Provider:
         connect, session = _twilio.noun(answer, "ConversationRelay", ("Connect",))
         url = (session.get("url") or "").strip()
         _account.check_stream_url(url, scheme="64102", malformed="64102")
-        return Dial(url, _twilio.read_parameters(session), media_format=None, tracks=(), action_url=connect.get("action"))
+        return Dial(
+            url,
+            _twilio.read_parameters(session),
+            media_format=None,
+            tracks=(),
+            action_url=connect.get("action"),
+            greeting=session.get("welcomeGreeting", ""),
+        )
 
 
 def _attributes(config: Settings) -> dict[str, _xml.Value]:

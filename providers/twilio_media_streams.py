@@ -35,7 +35,7 @@ from gateway.events import (
     Unknown,
 )
 from gateway.media import MULAW_8K, Track
-from gateway.provider import Answer, ApiReply, Call, Dial, Habits, HttpRequest, Limits, SignedRequest, StreamStatus
+from gateway.provider import Answer, ApiReply, Call, Dial, Habits, HttpRequest, Limits, SignedRequest, StreamEnd, StreamStatus
 
 from . import _account, _twilio, _twilio_api, _twilio_signature, _xml
 from ._json import Id, Milliseconds, Reader, texts, write
@@ -469,9 +469,9 @@ class Provider:
         return Carrier()
 
     @classmethod
-    def webhook(cls, call: Call, url: str) -> HttpRequest:
-        """Twilio's POST that asks `url` what to do with `call` (unsigned)."""
-        return _twilio.webhook(call, url)
+    def webhook(cls, call: Call, url: str, ended: StreamEnd | None = None) -> HttpRequest:
+        """Twilio's POST that asks `url` what to do with `call`, or what next once its stream `ended` (unsigned)."""
+        return _twilio.webhook(call, url, ended)
 
     @classmethod
     def dial(cls, answer: str) -> Dial:

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from itertools import pairwise
 from typing import Any
 
+import aiohttp
 import msgspec
 import numpy as np
 import pytest
@@ -41,6 +42,8 @@ from gateway.events import (
 from gateway.media import MULAW_8K, Encoding, MediaFormat
 from gateway.provider import Dial, HttpRequest, Provider, SignedRequest
 from gateway.simulator import convert, simulate, simulate_many
+from tests.conftest import Launch
+from tests.doubles import RecordingService
 
 TEXT = [kind for kind in providers.names() if providers.load(kind).carrier().habits.text]
 AUDIO = [kind for kind in providers.names() if kind not in TEXT]
@@ -316,6 +319,278 @@ async def test_the_gateway_may_hang_up_first() -> None:
     async with serving(gateway) as url:
         report = await simulate(providers.load(gateway.kind), url=url, **QUICK | {"hold_secs": 30})
     assert (True, "gateway", 1000, True) == (report.ok, report.ended_by, report.close_code, report.duration_ms < 1000)
+
+
+# --- what carriers do when a stream ends ----------------------------------------------------------------------------------
+
+
+class Asked(Gateway):
+    """Its streams have an action: `answers` to it, in order; None stands for another stream, "" for an empty document."""
+
+    def __init__(self, kind: str, service: Service, answers: list[str | None], settings: dict[str, Any] | None = None) -> None:
+        super().__init__(kind, service, settings)
+        self.answers = answers
+        self.action = "/action"
+        self.asked: list[dict[str, str]] = []
+        self.socket: web.WebSocketResponse
+
+    async def answer(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        signed = SignedRequest.read(request.method, str(request.url), dict(request.headers), body)
+        path = self.action if self.action.startswith("http") else f"http://127.0.0.1:{self.port}{self.action}"
+        answer = self.provider.answer(signed, f"ws://127.0.0.1:{self.port}/stream", action_url=path)
+        return web.Response(text=answer.body, content_type=answer.content_type)
+
+    async def ask(self, request: web.Request) -> web.Response:
+        self.asked.append({name: str(value) for name, value in (await request.post()).items()})
+        answer = self.answers.pop(0) if self.answers else ""
+        if answer is None:
+            return await self.answer(request)
+        return web.Response(text=f"<Response>{answer}</Response>", content_type="application/xml")
+
+    async def stream(self, request: web.Request) -> web.WebSocketResponse:
+        self.request = request
+        return await super().stream(request)
+
+    def die(self) -> None:
+        assert self.request.transport is not None
+        self.request.transport.abort()
+
+
+@asynccontextmanager
+async def asking(gateway: Asked) -> AsyncIterator[str]:
+    async with listening({"/answer": gateway.answer, "/stream": gateway.stream, "/action": gateway.ask}) as port:
+        gateway.port = port
+        yield f"http://127.0.0.1:{port}/answer"
+
+
+@pytest.mark.parametrize("kind", providers.names())
+async def test_a_stream_that_the_gateway_ends_is_followed_by_what_the_action_says(kind: str) -> None:
+    async def service(event: Event, send: Send) -> None:
+        if isinstance(event, Start):
+            await send(Stop())
+
+    gateway = Asked(kind, service, ["<Dial>+15550100009</Dial>"])
+    async with asking(gateway) as url:
+        report = await simulate(providers.load(kind), url=url, say=["x"], **QUICK | {"hold_secs": 30})
+    assert (True, "gateway", 1000, 1) == (report.ok, report.ended_by, report.close_code, len(report.streams)), report
+    assert "<Response><Dial>+15550100009</Dial></Response>" == report.ended_with
+    (asked,) = gateway.asked
+    assert report.call_id in asked.values()
+    assert "in-progress" == asked["CallStatus"]
+    assert [] == report.gaps_ms
+
+
+@pytest.mark.parametrize("kind", providers.names())
+async def test_the_gateway_itself_says_what_comes_after_the_service_has_ended_the_stream(launch: Launch, kind: str) -> None:
+    async with RecordingService() as service:
+        server = await launch(
+            services={"agent": {"kind": "websocket", "url": service.url}},
+            providers={"p": {"kind": kind, "auth": "none", "after": "<Dial>+15550100009</Dial>"}},
+        )
+        async with asyncio.TaskGroup() as group:
+            url = f"http://127.0.0.1:{server.port}/p/answer"
+            calling = group.create_task(simulate(providers.load(kind), url=url, say=["x"], **QUICK | {"hold_secs": 30}))
+            link = await service.connected()
+            await link.send(type="stop")
+        report = calling.result()
+    assert (True, "gateway", 1, 1000) == (report.ok, report.ended_by, len(report.streams), report.close_code), report
+    assert report.ended_with is not None
+    assert "<Response><Dial>+15550100009</Dial></Response>" in report.ended_with
+
+
+@pytest.mark.parametrize("kind", providers.names())
+async def test_a_stream_whose_socket_dies_is_followed_by_another_and_the_caller_talks_on(kind: str) -> None:
+    seen: list[tuple[str, int | None]] = []
+
+    async def service(event: Event, send: Send) -> None:
+        heard = sum(isinstance(each, Audio | Transcript) for each in gateway.events)
+        if isinstance(event, Audio | Transcript) and 10 <= heard and 1 == len(gateway.told(Start)) and not gateway.asked:
+            gateway.die()
+
+    gateway = Asked(kind, service, [None])
+    say = ["one two three four five six", "and more of that"] * 3
+    async with asking(gateway) as url:
+        report = await simulate(
+            providers.load(kind),
+            url=url,
+            audio=tone(800),
+            say=say,
+            on_stream=lambda stream: seen.append((stream.stream_id, stream.ended_ms)),
+            **QUICK,
+        )
+    assert (True, "caller", 2) == (report.ok, report.ended_by, len(report.streams)), report
+    first, second = gateway.told(Start)
+    assert first.call_id == second.call_id == report.call_id
+    assert [first.stream_id, second.stream_id] == [stream.stream_id for stream in report.streams]
+    assert first.stream_id != second.stream_id
+    assert [first.stream_id] * 2 + [second.stream_id] * 2 == [stream_id for stream_id, _ in seen]
+    assert [True, False, True, False] == [ended is None for _, ended in seen]
+    assert 1006 == report.streams[0].close_code
+    assert "1006" in report.remarks[0]
+    (gap,) = report.gaps_ms
+    assert 0 <= gap < 5000
+    if kind in AUDIO:
+        received = sum(len(event.payload) for event in gateway.told(Audio)) / MULAW_8K.bytes_for(1)
+        # What was on its way when the socket died is lost, too, and counted by nobody.
+        assert 500 < received <= report.audio_sent_ms
+        assert 900 == pytest.approx(report.audio_sent_ms + report.lost_in_gaps_ms, abs=20)
+        begins = gateway.events.index(second) + 1
+        after = [event.timestamp_ms for event in gateway.events[begins:] if isinstance(event, Audio)]
+        assert after[0] is not None
+        if kind.startswith("twilio"):
+            assert 40 <= after[0] < 180, "a stream's clock is its own"
+        assert {20} == {later - earlier for earlier, later in pairwise(after)}  # type: ignore[operator]
+    else:
+        assert "and more of that" == gateway.told(Transcript)[-1].text
+
+
+async def test_one_stream_only_where_that_is_asked_for() -> None:
+    async def service(event: Event, send: Send) -> None:
+        if isinstance(event, Audio):
+            gateway.die()
+
+    gateway = Asked(AUDIO[0], service, [None])
+    async with asking(gateway) as url:
+        report = await simulate(providers.load(gateway.kind), url=url, follow=False, **QUICK | {"hold_secs": 30})
+    assert "without a close frame (1006)" in failing(report)
+    assert ([], 1, None) == (gateway.asked, len(report.streams), report.ended_with)
+
+
+@pytest.mark.parametrize("kind", providers.names())
+async def test_a_caller_who_hangs_up_is_no_reason_to_ask_but_relay_tells_it(kind: str) -> None:
+    gateway = Asked(kind, silence, [None])
+    async with asking(gateway) as url:
+        report = await simulate(providers.load(kind), url=url, **QUICK)
+    assert (True, "caller", 1, None) == (report.ok, report.ended_by, len(report.streams), report.ended_with)
+    told = [(form["SessionStatus"], form["CallStatus"]) for form in gateway.asked]
+    assert ([("completed", "completed")] if kind in TEXT else []) == told
+
+
+@pytest.mark.parametrize(("stop", "status", "error"), [(True, "ended", None), (False, "failed", "64105")])
+async def test_relay_tells_how_the_session_went(stop: bool, status: str, error: str | None) -> None:
+    async def service(event: Event, send: Send) -> None:
+        if isinstance(event, Start):
+            await (send(Stop(handoff="to Bob")) if stop else asyncio.sleep(0))
+            if not stop:
+                gateway.die()
+
+    gateway = Asked(TEXT[0], service, [])
+    async with asking(gateway) as url:
+        report = await simulate(providers.load(gateway.kind), url=url, **QUICK | {"hold_secs": 30})
+    (form,) = gateway.asked
+    assert (report.stream_id, status, "in-progress", error) == (
+        form["SessionId"], form["SessionStatus"], form["CallStatus"], form.get("ErrorCode"),
+    )  # fmt: skip
+    assert ("to Bob" if stop else None) == form.get("HandoffData")
+    assert form["SessionDuration"].isdecimal()
+    assert "<Response></Response>" == report.ended_with
+
+
+@pytest.mark.parametrize("kind", TEXT)
+async def test_a_greeting_is_said_on_each_stream(kind: str) -> None:
+    async def service(event: Event, send: Send) -> None:
+        if isinstance(event, Spoken) and 1 == len(gateway.told(Start)):
+            gateway.die()
+
+    gateway = Asked(kind, service, [None], {"welcome_greeting": "Hello."})
+    async with asking(gateway) as url:
+        report = await simulate(providers.load(kind), url=url, chars_per_sec=300, **QUICK | {"hold_secs": 2})
+    assert ("Hello.Hello.", 2) == (report.spoken, len(report.streams)), report
+
+
+async def test_an_action_that_nobody_answers_ends_the_call_after_one_more_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def service(event: Event, send: Send) -> None:
+        if isinstance(event, Audio):
+            gateway.die()
+
+    gateway, attempts = Asked(AUDIO[0], service, []), []
+    request = aiohttp.ClientSession.request
+
+    def count(self: aiohttp.ClientSession, method: str, url: str, **options: Any) -> Any:
+        attempts.append(url)
+        return request(self, method, url, **options)
+
+    monkeypatch.setattr(aiohttp.ClientSession, "request", count)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        gateway.action = f"http://127.0.0.1:{free.getsockname()[1]}/action"
+        async with asking(gateway) as url:
+            report = await simulate(providers.load(gateway.kind), url=url, **QUICK | {"hold_secs": 30})
+    assert 2 == len(report.errors), report.errors
+    assert "1006" in report.errors[0]
+    assert "nothing listens there" in report.errors[1]
+    assert [url, gateway.action, gateway.action] == [each for each in attempts if each.startswith("http")]
+
+
+async def test_an_action_that_answers_no_xml_is_a_carriers_complaint() -> None:
+    async def service(event: Event, send: Send) -> None:
+        if isinstance(event, Start):
+            await send(Stop())
+
+    gateway = Asked(AUDIO[0], service, ["<Dial>"])
+    async with asking(gateway) as url:
+        report = await simulate(providers.load(gateway.kind), url=url, **QUICK | {"hold_secs": 30})
+    assert failing(report).startswith("A real carrier would have refused the answer of ")
+
+
+@pytest.mark.parametrize("kind", providers.names())
+async def test_a_stream_that_can_not_be_connected_is_tried_as_often_as_the_carrier_does(kind: str) -> None:
+    knocked = []
+
+    async def refuse(request: web.Request) -> web.Response:
+        knocked.append(request)
+        return web.Response(status=403)
+
+    gateway = Asked(kind, silence, [None, "<Hangup/>"])
+    async with listening({"/answer": gateway.answer, "/stream": refuse, "/action": gateway.ask}) as port:
+        gateway.port = port
+        report = await simulate(providers.load(kind), url=f"http://127.0.0.1:{port}/answer", **QUICK)
+    assert (6 if kind.startswith("plivo") else 2) == len(knocked)
+    assert (False, 2, 2) == (report.connected, len(report.streams), len(gateway.asked))
+    assert "<Response><Hangup/></Response>" == report.ended_with
+    assert "token" in report.streams[0].problem
+
+
+async def test_without_an_action_the_rest_of_the_answer_follows() -> None:
+    async def service(event: Event, send: Send) -> None:
+        if isinstance(event, Start):
+            await send(Stop())
+
+    gateway = Gateway("plivo_audio_streaming", service, {"after": "<Speak>Bye</Speak><Hangup/>"})
+    async with serving(gateway) as url:
+        report = await simulate(providers.load(gateway.kind), url=url, **QUICK | {"hold_secs": 30})
+    assert (True, "<Response><Speak>Bye</Speak><Hangup /></Response>") == (report.ok, report.ended_with)
+
+
+@pytest.mark.parametrize("gap", [False, True])
+async def test_a_caller_can_be_told_to_hang_up_also_without_a_stream(gap: bool) -> None:
+    hang_up, hanging = asyncio.Event(), asyncio.Event()
+
+    async def service(event: Event, send: Send) -> None:
+        if isinstance(event, Audio):
+            await send(Stop()) if gap else hang_up.set()
+
+    async def hang(request: web.Request) -> web.Response:
+        hang_up.set()
+        await hanging.wait()
+        return web.Response()
+
+    gateway = Asked(AUDIO[0], service, [])
+    async with listening({"/answer": gateway.answer, "/stream": gateway.stream, "/action": hang}) as port:
+        gateway.port, url = port, f"http://127.0.0.1:{port}/answer"
+        report = await simulate(providers.load(gateway.kind), url=url, hang_up=hang_up, **QUICK | {"hold_secs": 30})
+        hanging.set()
+    assert (True, "caller") == (report.ok, report.ended_by), report
+    assert report.duration_ms < 10_000
+
+
+async def test_many_calls_go_by_larger_chunks_and_without_a_recording() -> None:
+    gateway = Gateway("twilio_media_streams", echo)
+    async with serving(gateway) as url:
+        report = await simulate(TWILIO, url=url, audio=tone(400), measure=False, chunk_ms=100, **QUICK | {"hold_secs": 0.2})
+    assert (True, None, None, 600) == (report.ok, report.echo, report.recording, report.audio_sent_ms), report
+    assert {800} == {len(event.payload) for event in gateway.told(Audio)}
 
 
 # --- carriers of text ---------------------------------------------------------------------------------------------------
