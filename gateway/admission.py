@@ -62,6 +62,11 @@ class Admission:
         """Slots taken: reserved ones, as of the last question, and active calls."""
         return len(self._reserved) + len(self._active)
 
+    def held(self, now: float) -> int:
+        """Slots taken at this moment."""
+        self._expire(now)
+        return self.calls
+
     @property
     def active(self) -> int:
         """Calls that have a stream."""

@@ -65,6 +65,9 @@ class _Seconds(click.FloatRange):
 
 SECONDS = _Seconds(0, 3600)
 
+STOP_SECS = 10.0
+"""What the end takes at most once calls have been told to end."""
+
 EXIT_CONFIG = 78
 """EX_CONFIG of sysexits.h."""
 
@@ -83,6 +86,8 @@ def main() -> None:
 @click.option("--config", "-c", "path", required=True, type=click.Path(path_type=Path), help="The YAML configuration.")
 def serve(path: Path) -> None:
     """Run the gateway until SIGTERM or Ctrl-C. SIGHUP reads FILE again, for new calls; one with mistakes is refused.
+
+    Told to end, it takes no new calls and waits for those that there are, for `drain_secs`. Told twice, it ends at once.
 
     \b
     Try it without an account:  telephony-gateway serve --config config/gateway.dev.yaml
@@ -522,8 +527,13 @@ async def _serve(settings: Settings, path: Path) -> int:
         ]
         systemd.ready()
         await stop.wait()
-        systemd.stopping()
-        for task in meanwhile:
+        stop.clear()
+        drain_secs = server.settings.drain_secs
+        systemd.stopping(drain_secs + STOP_SECS)
+        server.drain()
+        finishing, impatience = tasks.create_task(server.finish(drain_secs)), tasks.create_task(stop.wait())
+        await asyncio.wait([finishing, impatience], return_when=asyncio.FIRST_COMPLETED)
+        for task in (*meanwhile, finishing, impatience):
             task.cancel()
     structlog.get_logger("gateway").info("stopping", live_streams=len(server.streams))
     await server.stop()

@@ -49,6 +49,10 @@ BODY_SECS = 5.0
 LINGER_SECS = 1.0
 """How long a body that nobody wants is read, so that whoever sends it can read why."""
 
+AFTERMATH_SECS = 2.0
+"""After a stream its carrier asks what comes next; for so long a process that ends is still there to say so."""
+
+DRAIN_TICK_SECS = 0.05
 BACKLOG = 1024
 """Connections that the system accepts for us while we are busy."""
 
@@ -184,10 +188,35 @@ class Server:
                 self._certificate.check(force=True)
 
     def drain(self) -> None:
-        """No new calls from now on, and not ready for any; those that there are, and their streams, go on. Then `stop`."""
+        """No new calls from now on, and not ready for any; those that there are go on. Then `finish`, and `stop`."""
         if not self.hooks.draining:
             self.hooks.draining = True
             self._log.info("draining", live_streams=len(self.streams))
+
+    async def finish(self, drain_secs: float) -> None:
+        """After `drain`: returns once no call is left; those that are still there after `drain_secs` are ended with `drain`.
+
+        The listener stays open, so that carriers can ask what comes next. Whoever loses patience cancels this; then `stop`.
+        """
+        loop = asyncio.get_running_loop()
+        deadline, busy_until, ended = loop.time() + drain_secs, float("-inf"), False
+        while True:
+            now = loop.time()
+            if self.streams:
+                busy_until = now + AFTERMATH_SECS
+            elif now >= busy_until and (ended or not self.house.door.admission.held(now)):
+                return
+            if now >= deadline and not ended:
+                ended = True
+                self._end_streams()
+            elif now >= deadline + FAREWELL_SECS + AFTERMATH_SECS:
+                return
+            await asyncio.sleep(DRAIN_TICK_SECS)
+
+    def _end_streams(self) -> None:
+        for stream in [*self.streams.values()]:
+            stream.session.close_code = aiohttp.WSCloseCode.GOING_AWAY
+            stream.end(StopReason.DRAIN)
 
     async def stop(self) -> None:
         """Stop listening; end every live stream properly."""
@@ -197,9 +226,7 @@ class Server:
             self._listener.close()
         if self._porters is not None:
             self._porters.close()
-        for stream in [*self.streams.values()]:
-            stream.session.close_code = aiohttp.WSCloseCode.GOING_AWAY
-            stream.end(StopReason.DRAIN)
+        self._end_streams()
         if self._runner is not None:
             await self._runner.cleanup()
         await self.house.dialler.close()

@@ -290,6 +290,7 @@ class Settings(Struct, frozen=True):
     start_timeout_secs: how long a stream may take to send its start frame.
     capacity_ms: audio that may wait to be played to one caller.
     hold_ms: the caller's first words that are kept while the service is being dialled.
+    drain_secs: how long calls may go on once the process, or one of its workers, is told to end.
     log_level: the least severe events that are logged.
     """
 
@@ -310,6 +311,7 @@ class Settings(Struct, frozen=True):
     start_timeout_secs: Annotated[float, Meta(gt=0, le=60)] = 5.0
     capacity_ms: Annotated[int, Meta(ge=1_000, le=3_600_000)] = 120_000
     hold_ms: Annotated[int, Meta(ge=0, le=60_000)] = 5_000
+    drain_secs: Annotated[float, Meta(ge=0, le=86_400)] = 30.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def __post_init__(self) -> None:

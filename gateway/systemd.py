@@ -27,8 +27,10 @@ class Systemd:
         """Listening. Go on with `watch`, and end with `stopping`."""
         self._tell("READY=1")
 
-    def stopping(self) -> None:
-        self._tell("STOPPING=1")
+    def stopping(self, within_secs: float = 0.0) -> None:
+        """On the way out, for so long that more patience than the unit's may be needed (0: it will do)."""
+        more = f"\nEXTEND_TIMEOUT_USEC={round(within_secs * _MICROSECONDS)}" if within_secs else ""
+        self._tell(f"STOPPING=1{more}")
 
     async def watch(self, status: Callable[[], str]) -> None:
         """Forever, in a task: while the event loop turns, say so, and what `systemctl status` shows."""

@@ -447,4 +447,4 @@ async def test_sighup_reloads_and_a_bad_file_stops_nothing(tmp_path: Path) -> No
         process.send_signal(signal.SIGTERM)
         rest, _ = await asyncio.wait_for(process.stderr.read(), 20), await process.wait()
     assert 0 == process.returncode
-    assert ["stopping"] == [json.loads(each)["event"] for each in rest.splitlines()]
+    assert ["draining", "stopping"] == [json.loads(each)["event"] for each in rest.splitlines()]

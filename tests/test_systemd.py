@@ -45,6 +45,8 @@ async def test_systemd_is_told_of_the_life_of_a_process(supervisor: tuple[socket
         watching.cancel()
     systemd.stopping()
     assert "STOPPING=1" == await told(listening)
+    systemd.stopping(2.5)
+    assert "STOPPING=1\nEXTEND_TIMEOUT_USEC=2500000" == await told(listening)
 
 
 @pytest.mark.parametrize(
@@ -84,4 +86,4 @@ async def test_serve_tells_when_it_is_ready_and_when_it_stops(supervisor: tuple[
     finally:
         process.send_signal(signal.SIGTERM)
         await process.wait()
-    assert "STOPPING=1" == await told(listening)
+    assert "STOPPING=1\nEXTEND_TIMEOUT_USEC=40000000" == await told(listening), "drain_secs, and time to end"
