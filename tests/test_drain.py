@@ -106,7 +106,7 @@ async def running(path: Path, *arguments: str, **options: Any) -> AsyncIterator[
 
 async def until(condition: Callable[[], bool], within_secs: float = 10.0) -> None:
     async with asyncio.timeout(within_secs):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - another process decides
             await asyncio.sleep(0.02)
 
 
@@ -130,7 +130,7 @@ async def test_o2_a_call_goes_on_and_the_process_ends_with_it(tmp_path: Path, nu
             assert OVERFLOW in await gateway.webhook("answer", sid(2))
             await call.speak(MULAW[1600:8000])
             await link.wait_for("start")
-            await until(lambda: MULAW[:8000] == link.audio)
+            await until(lambda: MULAW[1600:8000] in link.audio)
             assert gateway.process.returncode is None
             await call.hangup()
             assert "caller_hangup" == (await link.wait_for("stop"))["reason"]
