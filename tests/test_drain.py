@@ -130,7 +130,7 @@ async def test_o2_a_call_goes_on_and_the_process_ends_with_it(tmp_path: Path, nu
             assert OVERFLOW in await gateway.webhook("answer", sid(2))
             await call.speak(MULAW[1600:8000])
             await link.wait_for("start")
-            await until(lambda: MULAW[1600:8000] in link.audio)
+            await until(lambda: MULAW[1600:7800] in link.audio)  # the rest is no whole frame
             assert gateway.process.returncode is None
             await call.hangup()
             assert "caller_hangup" == (await link.wait_for("stop"))["reason"]
