@@ -72,6 +72,9 @@ class Admission:
         """Calls that have a stream."""
         return len(self._active)
 
+    def has_stream(self, call_id: str) -> bool:
+        return call_id in self._active
+
     @property
     def pending(self) -> int:
         """Connections that have not started."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import hashlib
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -11,15 +13,20 @@ from msgspec import Struct
 from structlog.typing import FilteringBoundLogger
 
 from gateway.admission import Admission, client_address, networks
+from gateway.diary import FINGERPRINT_BYTES, Entry, Kind, Verdict, judge, unpack
 from gateway.errors import RemoteError, SignatureMismatch
 from gateway.events import Start
-from gateway.ledger import Ledger
+from gateway.ledger import Book, Ledger
 from gateway.provider import Call, Provider, SignedRequest
 from gateway.settings import Settings
 from gateway.tokens import NONCE_BYTES, Ticket, TokenError, Tokens
 
 REMARK_SECS = 1.0
 """One line a second tells of refusals, however many there are."""
+
+
+ENDING_SECS = 3.0
+"""A call's stream has this long to end before what its carrier says again, as if it had, is a replay."""
 
 
 class Refused(RemoteError):
@@ -42,15 +49,22 @@ class Door:
     """One process's doorkeeper. `now` is the event loop's clock; tokens use the wall clock."""
 
     def __init__(
-        self, settings: Settings, providers: Mapping[str, Provider], log: FilteringBoundLogger, remarks: Remarks | None = None
+        self,
+        settings: Settings,
+        providers: Mapping[str, Provider],
+        log: FilteringBoundLogger,
+        remarks: Remarks | None = None,
+        *,
+        ledger: Book | None = None,
     ) -> None:
+        """`ledger` is what doors of one secret remember together; without one, this host's."""
         self._settings = settings
         self._providers = providers
         self._log = log
         # Without a secret only loopback is served, and a restart may well forget the streams it has named.
         secret = settings.secret or secrets.token_hex(32)
         self._tokens = Tokens(secret)
-        self._ledger = Ledger(secret)
+        self._ledger: Book = ledger if ledger is not None else Ledger(secret)
         self._trusted = networks(settings.trusted_proxies)
         self.admission = Admission(settings.max_calls, settings.max_calls_per_second, settings.max_pending_per_address)
         self.remarks = remarks or Remarks(log.warning)
@@ -84,6 +98,34 @@ class Door:
             if self.remarks.due("signature_refused", now):
                 self.remarks.tell("signature_refused", now, provider=name, why=str(error), tried=error.tried)
             raise Refused(403, "signature") from None
+
+    async def recognize(self, name: str, request: SignedRequest, call: Call, *, asks_for_stream: bool) -> None:
+        """Whether a signed webhook is the carrier's. Raises Refused 403 where somebody says again what the carrier has said.
+
+        One that asks for a stream is noted by `answered`, once it got one; every other one is noted here.
+        """
+        patience = asyncio.get_running_loop().time() + ENDING_SECS
+        while (verdict := self._judge(name, request, call, asks_for_stream)) is Verdict.EARLY:
+            if asyncio.get_running_loop().time() > patience:
+                break
+            await asyncio.sleep(0.1)
+        if verdict is Verdict.EARLY or verdict is Verdict.REPLAY:
+            self.remarks.tell("webhook_replayed", asyncio.get_running_loop().time(), provider=name, call_id=call.call_id)
+            raise Refused(403, "replay")
+        if verdict is Verdict.FRESH and not asks_for_stream:
+            self._note(name, call.call_id, Kind.ANSWERED, request)
+        if verdict is Verdict.FRESH and call.over:
+            self.over(name, call.call_id)
+
+    def answered(self, name: str, request: SignedRequest, call: Call) -> None:
+        """A webhook that asked for a stream got one: said again once that has started, it is a replay."""
+        if self._judge(name, request, call, True) is Verdict.FRESH:
+            self._note(name, call.call_id, Kind.ANSWERED, request)
+
+    def over(self, name: str, call_id: str) -> None:
+        """The whole call is over: no stream of it will be asked for any more."""
+        if self._signs(name):
+            self._note(name, call_id, Kind.OVER)
 
     def announce(self, name: str, call: Call, route: str, now: float) -> str:
         """A call's webhook is about to be answered: keeps a slot for it and returns a token that lets one stream of it in.
@@ -134,7 +176,10 @@ class Door:
             elif not self._ledger.use(ticket.nonce, ticket.expires, time.time()):
                 wrong = "token_used"
         if wrong is None:
-            return self.admission.started(f"{name}/{start.call_id}", admitted.address, now)
+            refusal = self.admission.started(f"{name}/{start.call_id}", admitted.address, now)
+            if refusal is None and ticket is not None:
+                self._note(name, start.call_id, Kind.ENTERED)
+            return refusal
         self.leave(admitted)
         self.remarks.tell("stream_refused", now, provider=name, reason=wrong)
         return wrong
@@ -146,9 +191,47 @@ class Door:
     def left(self, name: str, call_id: str, now: float) -> None:
         """A stream that had entered is over."""
         self.admission.ended(f"{name}/{call_id}", now)
+        if self._signs(name) and not self.admission.has_stream(f"{name}/{call_id}"):
+            self._note(name, call_id, Kind.LEFT)
 
     def close(self) -> None:
         self._ledger.close()
+
+    def _signs(self, name: str) -> bool:
+        return self._settings.providers[name].auth != "none"
+
+    def _judge(self, name: str, request: SignedRequest, call: Call, asks_for_stream: bool) -> Verdict:
+        identity = self._providers[name].identity(request)
+        if identity is None:
+            return Verdict.RETRY  # nobody can tell, and nothing is noted
+        now = time.time()
+        subject = _subject(name, call.call_id)
+        if identity.nonce:  # which may cover nothing of the body: then the same one could name any call
+            calls = [entry.fingerprint for entry in unpack(self._ledger.notes(_subject(name, identity.text), now))]
+            if any(each != _fingerprint(subject) for each in calls):
+                return Verdict.REPLAY
+        diary = unpack(self._ledger.notes(subject, now))
+        fingerprint = _fingerprint(_subject(name, identity.text))
+        return judge(diary, fingerprint, now, asks_for_stream=asks_for_stream, nonce=identity.nonce)
+
+    def _note(self, name: str, call_id: str, kind: Kind, request: SignedRequest | None = None) -> None:
+        identity = self._providers[name].identity(request) if request is not None else None
+        now, subject = time.time(), _subject(name, call_id)
+        entry = Entry(kind, int(now))
+        if identity is not None:
+            said = _subject(name, identity.text)
+            entry = Entry(kind, int(now), _fingerprint(said))
+            if identity.nonce:
+                self._ledger.note(said, Entry(kind, int(now), _fingerprint(subject)).pack(), now)
+        self._ledger.note(subject, entry.pack(), now)
+
+
+def _subject(name: str, text: str) -> bytes:
+    return f"{name}/{text}".encode("utf-8", "surrogatepass")
+
+
+def _fingerprint(subject: bytes) -> bytes:
+    return hashlib.sha256(subject).digest()[:FINGERPRINT_BYTES]
 
 
 class Remarks:

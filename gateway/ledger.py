@@ -2,6 +2,9 @@
 
 An entry is an empty file whose creation is atomic: whoever creates it has used the nonce first. Files lie in memory where the
 system has such a place, in a directory that belongs to nobody else, under names that say nothing to whoever lists them.
+Besides there are notes of calls (`gateway.diary`), appended to files that many calls share, for some ten minutes.
+
+Hosts know nothing of each other's ledgers. A `Book` has little to do, so that a store which several hosts ask can do it too.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import os
 import stat
 import tempfile
 from pathlib import Path
+from typing import Protocol
 
 KEEP_SECS = 120
 """How long after its expiry an entry is kept: a stream whose token was read at the last moment may start this much later."""
@@ -20,7 +24,40 @@ KEEP_SECS = 120
 _BUCKET_SECS = 10  # entries that expire together lie together and are removed together
 _MARGIN_SECS = 60  # between the last possible use of an entry and its removal, for processes that disagree about the second
 _SWEPT_AT_ONCE = 32  # so that no use waits for a long removal
+_PERIOD_SECS = 600  # notes are kept for one to two of these
+_SHARD_BYTES = 64 * 1024  # of one of 256 files of notes: 800,000 notes in ten minutes
+NOTE_BYTES = 13
+_NAME_BYTES = 8
+_LINE_BYTES = _NAME_BYTES + NOTE_BYTES
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 — everybody may write there, which is why `_opened` looks twice
+
+
+class Book(Protocol):
+    """What a door must remember, and share with every other door that has the same secret. Nothing here raises.
+
+    Whoever keeps it for several hosts answers at once, from memory, or the calls of this process wait.
+    """
+
+    problem: str
+    """Empty, or a sentence that says why other processes can't be asked: log it."""
+
+    def use(self, nonce: bytes, expires: int, now: float) -> bool:
+        """Whether this is the first use of `nonce`; it is used from now on, at least until `expires` and KEEP_SECS."""
+        ...
+
+    def used(self, nonce: bytes, expires: int) -> bool:
+        """Whether `nonce` was used; uses nothing up."""
+        ...
+
+    def note(self, subject: bytes, note: bytes, now: float) -> None:
+        """Keep a note on `subject` for at least ten minutes. NOTE_BYTES long."""
+        ...
+
+    def notes(self, subject: bytes, now: float) -> list[bytes]:
+        """The notes on `subject`, in their order."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class Ledger:
@@ -39,6 +76,7 @@ class Ledger:
         self._seen: dict[int, set[bytes]] = {}
         self._next_sweep = 0.0
         self._dead: list[str] = []
+        self._notes: dict[tuple[int, int], bytearray] = {}  # what could not be written: period and first byte → lines
         try:
             self._open()
         except OSError as error:
@@ -85,6 +123,40 @@ class Ledger:
             return False
         return True
 
+    def note(self, subject: bytes, note: bytes, now: float) -> None:
+        """Keep a note on `subject` for ten to twenty minutes; forgotten at once where there are too many. Never raises.
+
+        Where the directory can't be used, only this process knows it.
+        """
+        if len(note) != NOTE_BYTES:
+            raise ValueError(f"a note has {NOTE_BYTES} bytes, not {len(note)}")
+        name = hmac.digest(self._key, subject, hashlib.sha256)[:_NAME_BYTES]
+        period = int(now) // _PERIOD_SECS
+        bucket = _notes_bucket(period)
+        try:
+            self._append(str(bucket), f"{name[0]:02x}", name + note)
+        except OSError as error:
+            self._failed(error)
+            for old in [each for each in self._notes if each[0] < period - 1]:
+                del self._notes[old]
+            kept = self._notes.setdefault((period, name[0]), bytearray())
+            if len(kept) < _SHARD_BYTES:
+                kept += name + note
+
+    def notes(self, subject: bytes, now: float) -> list[bytes]:
+        """The notes on `subject`, in their order. Never raises."""
+        name = hmac.digest(self._key, subject, hashlib.sha256)[:_NAME_BYTES]
+        period = int(now) // _PERIOD_SECS
+        found = []
+        for each in (period - 1, period):
+            text = self._read(f"{_notes_bucket(each)}/{name[0]:02x}") + self._notes.get((each, name[0]), b"")
+            at = text.find(name)
+            while at >= 0:
+                if at % _LINE_BYTES == 0:
+                    found.append(text[at + _NAME_BYTES : at + _LINE_BYTES])
+                at = text.find(name, at + 1)
+        return [note for note in found if len(note) == NOTE_BYTES]
+
     def close(self) -> None:
         """Give the directory back. Entries stay, for whoever comes after us."""
         if self._descriptor >= 0:
@@ -99,14 +171,44 @@ class Ledger:
         self._descriptor = _opened(self.directory)
 
     def _create(self, bucket: str, name: str) -> bool:
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            os.close(self._made(bucket, name, os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+
+    def _append(self, bucket: str, name: str, line: bytes) -> None:
+        descriptor = self._made(bucket, name, os.O_APPEND)
+        try:
+            if os.fstat(descriptor).st_size < _SHARD_BYTES:
+                os.write(descriptor, line)
+            else:
+                self.problem = "there are too many calls to remember; a webhook that is sent again may be answered again"
+        finally:
+            os.close(descriptor)
+
+    def _read(self, path: str) -> bytes:
+        if self._descriptor < 0:
+            return b""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._descriptor)
+        except OSError:
+            return b""
+        try:
+            return os.read(descriptor, 2 * _SHARD_BYTES)
+        except OSError:
+            return b""
+        finally:
+            os.close(descriptor)
+
+    def _made(self, bucket: str, name: str, how: int) -> int:
+        """A descriptor of the file, made if need be. Raises OSError."""
+        flags = os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | how
         if self._descriptor < 0:
             self._open()
         for _ in range(4):
             try:
-                os.close(os.open(f"{bucket}/{name}", flags, 0o600, dir_fd=self._descriptor))
-            except FileExistsError:
-                return False
+                return os.open(f"{bucket}/{name}", flags, 0o600, dir_fd=self._descriptor)
             except FileNotFoundError:
                 try:
                     os.mkdir(bucket, 0o700, dir_fd=self._descriptor)
@@ -114,8 +216,6 @@ class Ledger:
                     continue
                 except FileNotFoundError:  # somebody has removed the whole directory
                     self._open()
-            else:
-                return True
         raise FileNotFoundError("it is removed again and again")
 
     def _sweep(self, now: float) -> None:
@@ -143,6 +243,11 @@ class Ledger:
             return os.listdir(descriptor)  # noqa: PTH208
         finally:
             os.close(descriptor)
+
+
+def _notes_bucket(period: int) -> int:
+    """Where the notes of a period lie: with nonces that expire when nobody asks for them any more."""
+    return (period + 2) * _PERIOD_SECS // _BUCKET_SECS
 
 
 def _is_dead(bucket: int, now: float) -> bool:

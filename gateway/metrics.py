@@ -24,7 +24,7 @@ from gateway.watchdog import LAG_SECS, Watchdog
 MOST_SERIES = 200
 """Of one metric; what comes beyond them is summed up in one more, whose last label is `other`."""
 
-AUTH = frozenset({"signature", "token", "token_used", "other_call"})
+AUTH = frozenset({"signature", "replay", "token", "token_used", "other_call"})
 """Refusals of whoever could not prove who they are."""
 
 Labels = tuple[str, ...]

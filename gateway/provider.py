@@ -49,12 +49,23 @@ class SignedRequest(Struct, frozen=True):
         return cls(method, url, lower, body, dict(reversed(pairs)))
 
 
+class Identity(Struct, frozen=True):
+    """What makes a signed request that one: `text` is of what the signature covers, and nobody else can make another one of it.
+
+    `nonce`: the carrier signs one, and never says the same twice; else a call that comes back says what it said before.
+    """
+
+    text: str
+    nonce: bool = False
+
+
 class Answer(Struct, frozen=True):
-    """The reply to a carrier's webhook."""
+    """The reply to a carrier's webhook. `ends_call`: the carrier has nothing left to do with the call."""
 
     body: str
     content_type: str = "application/xml"
     status: int = 200
+    ends_call: bool = False
 
 
 class HttpRequest(Struct, frozen=True):
@@ -80,13 +91,14 @@ class ApiReply(Struct, frozen=True):
 
 
 class Call(Struct, frozen=True):
-    """A call as a carrier knows it before any stream exists."""
+    """A call as a carrier knows it before any stream exists. `over`: the carrier says that it has ended."""
 
     call_id: str
     caller: str = ""
     called: str = ""
     direction: str = "inbound"
     account_id: str = ""
+    over: bool = False
 
 
 class StreamStatus(Struct, frozen=True):
@@ -219,6 +231,10 @@ class Provider(Protocol):
         What it returns is the form of the URL that was signed, fit for a log, empty where none needs to be.
         Raises SignatureMismatch and nothing else, whatever the request is made of. Takes the same time for every signature.
         """
+        ...
+
+    def identity(self, request: SignedRequest) -> Identity | None:
+        """What tells a request that `authenticate` has let pass from every other one; None where nothing is signed."""
         ...
 
     def sign(self, request: SignedRequest) -> Mapping[str, str]:

@@ -276,7 +276,7 @@ class Server:
         name = request.match_info["provider"]
         if name not in self.providers:
             raise web.HTTPNotFound(text="")
-        rules, provider, signed, call = await self._webhook(request)
+        rules, provider, signed, call = await self._webhook(request, asks_for_stream=True)
         route = self._chosen(request, rules) or match(
             rules.house.settings.routes, provider=name, called=call.called, caller=call.caller
         )
@@ -290,6 +290,7 @@ class Server:
         except Refused as refused:
             self.house.totals.refuse(name, refused.reason)
             return _xml(provider.overflow())
+        rules.house.door.answered(name, signed, call)
         self._remember(name, call.call_id, rules)
         scheme, _, rest = self.settings.base_url(self.port).partition("://")
         base = f"{rest}/{name}"
@@ -308,9 +309,12 @@ class Server:
 
     async def _action(self, request: web.Request) -> web.Response:
         """The carrier asks what comes after a stream."""
-        _, provider, signed, call = await self._webhook(request)
-        lost = (request.match_info["provider"], call.call_id) in self.house.service_lost
-        return _xml(provider.gone(signed) if lost else provider.after(signed))
+        rules, provider, signed, call = await self._webhook(request)
+        name = request.match_info["provider"]
+        answer = provider.gone(signed) if (name, call.call_id) in self.house.service_lost else provider.after(signed)
+        if answer.ends_call:
+            rules.house.door.over(name, call.call_id)
+        return _xml(answer)
 
     async def _status(self, request: web.Request) -> web.Response:
         """The carrier tells how a stream fares. Never needed to end one: it may come late, twice or not at all."""
@@ -322,7 +326,10 @@ class Server:
         )  # fmt: skip
         return web.Response(status=204)
 
-    async def _webhook(self, request: web.Request) -> tuple[Rules, Provider, SignedRequest, Call]:
+    async def _webhook(
+        self, request: web.Request, *, asks_for_stream: bool = False
+    ) -> tuple[Rules, Provider, SignedRequest, Call]:
+        """What is asked, and by whom: the account's carrier, and for the first time. Raises Refused, MalformedFrame."""
         name, rules = self._rules_of(request)
         try:
             async with asyncio.timeout(BODY_SECS):
@@ -331,7 +338,9 @@ class Server:
             raise web.HTTPRequestTimeout from None
         rules.house.door.authenticate(name, signed, self._now())
         provider = rules.providers[name]
-        return rules, provider, signed, provider.call(signed)
+        call = provider.call(signed)
+        await rules.house.door.recognize(name, signed, call, asks_for_stream=asks_for_stream)
+        return rules, provider, signed, call
 
     # --- streams ---
 

@@ -116,7 +116,8 @@ def shown(settings: Struct) -> str:
 
 def elements(*configured: str) -> Answer:
     """An answer of the first of these options that is set; none of them: an empty document, which ends the call."""
-    return Answer(_xml.response(next((text.strip() for text in configured if text.strip()), "")))
+    text = next((text.strip() for text in configured if text.strip()), "")
+    return Answer(_xml.response(text), ends_call=not text)
 
 
 def facts(call: Call) -> dict[str, str]:

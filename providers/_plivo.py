@@ -120,6 +120,7 @@ def call(request: SignedRequest) -> Call:
         called=form.get("To", "").removeprefix("+"),
         direction="outbound" if form.get("Direction") == "outbound" else "inbound",
         account_id=form.get("AuthID") or form.get("ParentAuthID", ""),
+        over=form.get("Event", "") == "Hangup",
     )
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from secrets import randbelow
 
-from gateway.provider import SignedRequest
+from gateway.provider import Identity, SignedRequest
 
 from . import _signature
 
@@ -47,6 +47,16 @@ class Signer:
         if True not in fits:
             raise _signature.mismatch(_complaint(request, accept_v2=self._accept_v2), forms)
         return _signature.shown(forms[fits.index(True) % len(forms)])
+
+    def identity(self, request: SignedRequest) -> Identity:
+        """The nonce of the signature that is right: whoever replays a request can write what he likes beside it."""
+        version, nonce = "v3", request.headers.get(V3_NONCE, "")
+        if self._accept_v2:
+            tail, covered = _tail(request)
+            texts = [form + tail for form in _forms(request)]
+            if not (covered and True in self._fits(request, texts, ".", (V3, MA_V3, V3_NONCE))):
+                version, nonce = "v2", request.headers.get(V2_NONCE, "")
+        return Identity(f"{version} {nonce}", nonce=True)
 
     def sign(self, request: SignedRequest) -> Mapping[str, str]:
         """The headers that Plivo would send with this request, made with the first token; a nonce already there is kept."""

@@ -30,6 +30,8 @@ _STATUS: Mapping[str, Literal["started", "stopped", "failed"]] = {
     "failed": "failed",
 }
 
+_OVER = frozenset({"completed", "busy", "failed", "no-answer", "canceled"})
+
 _PARAMETER_CHARACTERS = 500  # "name and value together under 500 characters"
 
 
@@ -44,6 +46,7 @@ def call(request: SignedRequest) -> Call:
         called=form.get("To", ""),
         direction=direction(form.get("Direction", "")) or "inbound",
         account_id=form.get("AccountSid", ""),
+        over=form.get("CallStatus", "") in _OVER,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-from gateway.provider import SignedRequest
+from gateway.provider import Identity, SignedRequest
 
 from . import _signature
 from ._signature import Url
@@ -57,6 +57,10 @@ class Signer:
         if not found:
             raise _signature.mismatch(self._complaint(presented, named), forms)
         return _signature.shown(found)
+
+    def identity(self, request: SignedRequest) -> Identity:
+        """The signature itself, for a secret has one for a text. Twilio retries, and comes back, with the same."""
+        return Identity(request.headers.get(SIGNATURE, ""))
 
     def sign(self, request: SignedRequest) -> Mapping[str, str]:
         """The headers that Twilio would send with this request, made with the first secret."""

@@ -35,7 +35,19 @@ from gateway.events import (
     Unknown,
 )
 from gateway.media import MULAW_8K, MediaFormat, Track
-from gateway.provider import Answer, ApiReply, Call, Dial, Habits, HttpRequest, Limits, SignedRequest, StreamEnd, StreamStatus
+from gateway.provider import (
+    Answer,
+    ApiReply,
+    Call,
+    Dial,
+    Habits,
+    HttpRequest,
+    Identity,
+    Limits,
+    SignedRequest,
+    StreamEnd,
+    StreamStatus,
+)
 
 from . import _account, _plivo, _plivo_api, _plivo_signature, _xml
 from ._json import Id, Milliseconds, Reader, excerpt, write
@@ -480,6 +492,10 @@ class Provider:
     def authenticate(self, request: SignedRequest) -> str:
         """The form of the URL that was signed. Raises SignatureMismatch unless a token of the account signed the request."""
         return self._signer.verify(request) if self._signer is not None else ""
+
+    def identity(self, request: SignedRequest) -> Identity | None:
+        """The nonce, which Plivo's signature covers. None with `auth: none`."""
+        return self._signer.identity(request) if self._signer is not None else None
 
     def sign(self, request: SignedRequest) -> Mapping[str, str]:
         """Plivo's headers for this request; none with `auth: none`."""

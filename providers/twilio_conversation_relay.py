@@ -36,7 +36,19 @@ from gateway.events import (
     Transcript,
     Unknown,
 )
-from gateway.provider import Answer, ApiReply, Call, Dial, Habits, HttpRequest, Limits, SignedRequest, StreamEnd, StreamStatus
+from gateway.provider import (
+    Answer,
+    ApiReply,
+    Call,
+    Dial,
+    Habits,
+    HttpRequest,
+    Identity,
+    Limits,
+    SignedRequest,
+    StreamEnd,
+    StreamStatus,
+)
 
 from . import _account, _twilio, _twilio_api, _twilio_signature, _xml
 from ._json import Id, Milliseconds, Reader, excerpt, texts, write
@@ -469,6 +481,10 @@ class Provider:
     def authenticate(self, request: SignedRequest) -> str:
         """The form of the URL that was signed. Raises SignatureMismatch unless a secret of the account signed the request."""
         return self._signer.verify(request) if self._signer is not None else ""
+
+    def identity(self, request: SignedRequest) -> Identity | None:
+        """The signature: Twilio signs no nonce. None with `auth: none`."""
+        return self._signer.identity(request) if self._signer is not None else None
 
     def sign(self, request: SignedRequest) -> Mapping[str, str]:
         """Twilio's headers for this request; none with `auth: none`."""

@@ -12,11 +12,17 @@ import numpy.typing as npt
 import pytest
 import structlog
 
-from gateway import config
+from gateway import config, ledger
 from gateway.cli import make_server
 from gateway.server import Server
 
 Launch = Callable[..., Awaitable[Server]]
+
+
+@pytest.fixture(autouse=True)
+def own_ledgers(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test remembers another one's calls, which have the same names; the gateways of one test remember together."""
+    monkeypatch.setattr(ledger, "_SHARED_MEMORY", tmp_path_factory.mktemp("ledgers"))
 
 
 @pytest.fixture

@@ -276,6 +276,35 @@ def test_what_is_signed_is_let_in(kind: str) -> None:
 
 
 @every_provider
+def test_a_signed_request_has_an_identity_that_nothing_unsigned_changes(kind: str) -> None:
+    """Each its own; a carrier that signs no nonce has the same for the same request."""
+    account = provider_of(kind, auth=None, auth_token=["s3cret", "unused"])
+    signed = [with_headers(request, account.sign(request)) for request in requests(kind)]
+    identities = [account.identity(request) for request in signed]
+    assert len(set(identities)) == len(signed)
+    for request, identity in zip(signed, identities, strict=True):
+        assert identity is not None
+        odd = with_headers(request, {"user-agent": "x", "x-plivo-signature-v2-nonce": "1", "i-twilio-idempotency-token": "2"})
+        account.authenticate(odd)
+        assert identity == account.identity(odd)
+        bare = with_headers(request, dict.fromkeys(account.sign(request), ""))
+        again = account.identity(with_headers(bare, account.sign(bare)))
+        assert identity.nonce is (again != identity)
+        assert provider_of(kind).identity(request) is None
+
+
+@every_provider
+def test_only_an_empty_document_ends_the_call(kind: str) -> None:
+    (request, *_) = requests(kind)
+    for option, asked in (("after", "after"), ("service_lost", "gone")):
+        assert getattr(provider_of(kind), asked)(request).ends_call
+        assert not getattr(provider_of(kind, **{option: "<Redirect>/x</Redirect>"}), asked)(request).ends_call
+    assert not provider_of(kind).answer(request, "wss://voice.example.com/p/stream/k3").ends_call
+    assert not provider_of(kind).overflow().ends_call
+    assert not provider_of(kind).call(request).over
+
+
+@every_provider
 def test_a_signed_request_says_the_same_to_everybody(kind: str) -> None:
     """The form is read from what was signed, so that the call is the signed one."""
     post, get, _ = requests(kind)

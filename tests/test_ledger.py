@@ -286,6 +286,63 @@ def test_a_full_disk_costs_the_sharing_not_the_call(book: Ledger, monkeypatch: p
     assert "No space left" in book.problem
 
 
+def noted(*words: str) -> list[bytes]:
+    return [word.encode().ljust(ledger.NOTE_BYTES) for word in words]
+
+
+def test_notes_come_back_in_their_order_and_to_everybody(book: Ledger, place: Path) -> None:
+    other = Ledger(SECRET, directory=place)
+    for number, (subject, word) in enumerate([(b"a", "one"), (b"b", "two"), (b"a", "three")]):
+        (book, other)[number % 2].note(subject, *noted(word), NOW + number)
+    for each in (book, other):
+        assert [noted("one", "three"), noted("two"), []] == [each.notes(subject, NOW + 3) for subject in (b"a", b"b", b"c")]
+    assert "a" not in str(entries(place))
+
+
+def test_notes_are_kept_for_ten_minutes_and_removed_after_thirty(book: Ledger, place: Path) -> None:
+    book.note(b"a", *noted("one"), NOW)
+    assert noted("one") == book.notes(b"a", NOW + 600)
+    assert [] == book.notes(b"a", NOW + 1200)
+    for minute in range(31):
+        book.use(b"%d" % minute, EXPIRES + 60 * minute, NOW + 60 * minute)
+    assert all(len(Path(entry).name) == 32 for entry in entries(place))
+
+
+def test_what_lies_across_the_border_of_two_notes_is_nobodys(book: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    book.note(b"a", *noted("one"), NOW)
+    (file,) = [path for path in book.directory.rglob("*") if path.is_file()]
+    line = file.read_bytes()
+    file.write_bytes(line[:8] + b"...." + line[:8] + b"." + line)
+    assert [b"...." + line[:8] + b".", *noted("one")] == book.notes(b"a", NOW)
+
+
+def test_notes_have_a_limit_and_say_so(book: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "_SHARD_BYTES", 100)
+    for _ in range(10):
+        book.note(b"a", *noted("one"), NOW)
+    assert 5 == len(book.notes(b"a", NOW))
+    assert "too many calls" in book.problem
+    with pytest.raises(ValueError, match="13 bytes, not 1"):
+        book.note(b"a", b"x", NOW)
+
+
+def test_notes_that_can_not_be_written_are_known_here(book: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: object, **_keys: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    book.note(b"a", *noted("one"), NOW)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", full)
+        for number in range(5000):
+            book.note(b"a", *noted(f"{number}"), NOW)
+        assert "No space left" in book.problem
+        assert 3000 < len(book.notes(b"a", NOW)) < 3200
+        book.note(b"b", *noted("later"), NOW + 1800)
+        assert noted("later") == book.notes(b"b", NOW + 1800)
+        assert [] == book.notes(b"a", NOW)
+    assert noted("one") == book.notes(b"a", NOW)
+
+
 def test_a_use_is_quick_among_many(book: Ledger) -> None:
     for n in range(3_000):
         book.use(b"%d" % n, EXPIRES + n // 50, NOW + n // 50)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gzip
+import hmac
 import json
 import logging
 import os
@@ -18,7 +20,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlencode
 from xml.etree import ElementTree
 
@@ -26,6 +28,7 @@ import aiohttp
 import pytest
 import structlog
 
+from gateway import door as door_module
 from gateway import logs, porter
 from gateway import server as server_module
 from gateway.provider import SignedRequest
@@ -89,9 +92,9 @@ async def webhook(server: Server, name: str, call_id: str, what: str = "answer",
     return await request(server, path, form, headers_for(server, name, PUBLIC + path, form))
 
 
-async def stream_url(server: Server, name: str, call_id: str) -> str:
+async def stream_url(server: Server, name: str, call_id: str, **more: str) -> str:
     """Where the answer to a call sends its stream: the public URL."""
-    status, body = await webhook(server, name, call_id)
+    status, body = await webhook(server, name, call_id, **more)
     assert 200 == status, body
     return type(server.providers[name]).dial(body.decode()).url
 
@@ -307,17 +310,141 @@ async def test_s2_of_two_connections_with_one_token_the_first_start_wins(guarded
     assert (0, 0) == (server.house.door.admission.active, server.house.door.admission.pending)
 
 
-async def test_s2_a_replayed_webhook_wins_nothing(guarded: Any) -> None:
-    """It keeps the one slot that its call has, and names a stream that only the account's carrier can open."""
+class Captured(NamedTuple):
+    """A signed webhook as it was on the wire, to be sent again."""
+
+    path: str
+    form: dict[str, str]
+    headers: dict[str, str]
+
+    async def to(self, server: Server) -> Reply:
+        return await request(server, self.path, self.form, self.headers)
+
+
+def captured(server: Server, name: str, call_id: str, what: str = "answer", **more: str) -> Captured:
+    form, path = form_of(name, call_id, **more), f"/{name}/{what}"
+    return Captured(path, form, headers_for(server, name, PUBLIC + path, form))
+
+
+def named(server: Server, name: str, reply: Reply) -> str:
+    """The stream URL in an answer."""
+    assert 200 == reply[0], reply
+    return type(server.providers[name]).dial(reply[1].decode()).url
+
+
+REPLAYED = (403, b"")
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_s2_a_carriers_own_retry_is_answered_and_keeps_one_slot(guarded: Any, name: str) -> None:
+    """On whatever process of the host; and only the account's carrier can open the stream that it names."""
+    first, second = await guarded(), await guarded()
+    asked = captured(first, name, "CA1")
+    replies = [await asked.to(each) for each in (first, first, second)]
+    assert 1 == first.house.door.admission.calls
+    for reply in replies:
+        url = named(first, name, reply)
+        assert REPLAYED == await refused(KINDS[name](here(first, url), auth_token="guessed", public_url=url))
+    async with talking(second, name, named(first, name, replies[0]), "CA1") as call:
+        await call.hangup()
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_s2_a_replayed_webhook_wins_nothing(
+    guarded: Any, name: str, monkeypatch: pytest.MonkeyPatch, log: list[Any]
+) -> None:
+    """From the stream's start on, while it is on and when all is over, on every process and after a restart."""
+    monkeypatch.setattr(door_module, "ENDING_SECS", 0.1)
+    first, second = await guarded(), await guarded()
+    asked = captured(first, name, "CA1")
+    url = named(first, name, await asked.to(first))
+    async with talking(second, name, url, "CA1") as call:
+        assert [REPLAYED] * 2 == [await asked.to(each) for each in (first, second)]
+        await call.hangup()
+    await until(lambda: not second.streams)
+    acted, told = captured(first, name, "CA1", "action"), captured(first, name, "CA1", "status")
+    assert [200, 204] == [(await each.to(first))[0] for each in (acted, told)]
+    assert [REPLAYED] * 2 == [await asked.to(each) for each in (first, second)]
+    assert 200 == (await acted.to(second))[0], "a retry"
+    await first.stop()
+    third = await guarded()
+    assert [REPLAYED] * 2 == [await asked.to(each) for each in (second, third)]
+    assert REPLAYED == await captured(first, name, "CA1").to(third), "even one that has not been seen: the call is over"
+    assert [0] * 2 == [each.house.door.admission.calls for each in (second, third)]
+    remarks = [entry for entry in log if entry["event"] == "webhook_replayed"]
+    assert {("CA1", name)} == {(entry["call_id"], entry["provider"]) for entry in remarks}
+    assert 1 <= third.house.totals.sums.counts["telephony_auth_failures"][name, "replay"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_s2_a_call_that_comes_back_is_answered_again(guarded: Any, name: str) -> None:
+    """`after` leads it here again. Twilio's requests look as they did; Plivo's have a new nonce, and with the old one are old."""
+    server = await guarded(providers={name: SIGNED[name] | {"after": "<Redirect>/there</Redirect>"}})
+    asked, acted = captured(server, name, "CA1"), captured(server, name, "CA1", "action")
+    for _ in range(3):
+        async with talking(server, name, named(server, name, await asked.to(server)), "CA1") as call:
+            await call.hangup()
+        assert 200 == (await acted.to(server))[0]
+        if name == "plivo":
+            assert REPLAYED == await asked.to(server)
+            asked, acted = captured(server, name, "CA1"), captured(server, name, "CA1", "action")
+
+
+async def test_s2_a_second_end_that_is_still_to_come_is_waited_for(guarded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twilio asks what comes next before we have seen the stream's end, with the words that it used the time before."""
+    server = await guarded(providers={"twilio": SIGNED["twilio"] | {"after": "<Redirect>/there</Redirect>"}})
+    asked, acted = captured(server, "twilio", "CA1"), captured(server, "twilio", "CA1", "action")
+    async with talking(server, "twilio", named(server, "twilio", await asked.to(server)), "CA1") as call:
+        await call.hangup()
+    assert 200 == (await acted.to(server))[0]
+    async with talking(server, "twilio", named(server, "twilio", await asked.to(server)), "CA1") as call:
+        early = asyncio.get_running_loop().create_task(acted.to(server))
+        await asyncio.sleep(0.3)
+        assert not early.done()
+        await call.hangup()
+        assert 200 == (await early)[0]
+        monkeypatch.setattr(door_module, "ENDING_SECS", 0.1)
+    async with talking(server, "twilio", named(server, "twilio", await asked.to(server)), "CA1") as call:
+        assert REPLAYED == await acted.to(server), "nothing ends"
+        await call.hangup()
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_s2_a_call_that_hears_overflow_may_ask_as_often_as_it_likes(guarded: Any, name: str) -> None:
+    """`overflow` may have it wait and ask again; once there is room, it gets in."""
+    server = await guarded(max_calls=1)
+    async with talking(server, name, await stream_url(server, name, "CA1"), "CA1") as call:
+        asked = captured(server, name, "CA2")
+        for _ in range(3):
+            status, body = await asked.to(server)
+            assert (200, False) == (status, b"/stream/" in body)
+        await call.hangup()
+    await until(lambda: not server.house.door.admission.calls)
+    async with talking(server, name, named(server, name, await asked.to(server)), "CA2") as call:
+        await call.hangup()
+
+
+async def test_s2_a_nonce_is_one_calls_even_where_the_signature_covers_no_body(guarded: Any) -> None:
+    server = await guarded(providers={"plivo": SIGNED["plivo"] | {"accept_v2": True}})
+    nonce, url = "12345678901234567890", f"{PUBLIC}/plivo/answer"
+    mac = base64.b64encode(hmac.digest(TOKEN.encode(), f"{url}{nonce}".encode(), "sha256")).decode()
+    headers = {"X-Plivo-Signature-V2": mac, "X-Plivo-Signature-V2-Nonce": nonce}
+    first, other = (Captured("/plivo/answer", form_of("plivo", call_id), headers) for call_id in ("CA1", "CA2"))
+    assert [200, 403, 200] == [(await each.to(server))[0] for each in (first, other, first)]
+    disguised = other._replace(headers=headers | {"X-Plivo-Signature-V3-Nonce": "1", "X-Plivo-Signature-V3": "x"})
+    assert REPLAYED == await disguised.to(server)
+
+
+async def test_s2_what_a_carrier_says_of_a_calls_end_is_believed(guarded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door_module, "ENDING_SECS", 0.1)
     server = await guarded()
-    form, path = form_of("twilio", "CA1"), "/twilio/answer"
-    headers = headers_for(server, "twilio", PUBLIC + path, form)
-    answers = [await request(server, path, form, headers) for _ in range(5)]
-    assert {200} == {status for status, _ in answers}
-    assert 1 == server.house.door.admission.calls
-    for _, body in answers:
-        url = type(server.providers["twilio"]).dial(body.decode()).url
-        assert (403, b"") == await refused(TwilioMedia(here(server, url), auth_token="guessed", public_url=url))
+    over = {"twilio": {"CallStatus": "completed"}, "plivo": {"Event": "Hangup"}}
+    for name, words in over.items():
+        asked = captured(server, name, "CA1")
+        async with talking(server, name, named(server, name, await asked.to(server)), "CA1") as call:
+            await call.hangup()
+        assert 204 == (await webhook(server, name, "CA1", "status", **words))[0]
+        assert REPLAYED == await asked.to(server)
 
 
 def minted(name: str, call_id: str, ago: float, secret: str = SECRET) -> str:
@@ -436,7 +563,7 @@ async def test_f10_a_newer_stream_of_a_call_replaces_the_older(guarded: Any) -> 
     async with RecordingService() as service:
         server = await guarded(services={"agent": {"kind": "websocket", "url": service.url}})
         async with talking(server, "twilio", await stream_url(server, "twilio", "CA1"), "CA1") as old:
-            url = await stream_url(server, "twilio", "CA1")
+            url = await stream_url(server, "twilio", "CA1", CallStatus="in-progress")
             async with carrier(server, "twilio", url, "CA1") as new:
                 assert 4409 == await old.wait_closed()
                 await new.speak(MULAW[:320])

@@ -19,7 +19,7 @@ import pytest
 from plivo.utils import validate_signature, validate_v3_signature
 
 from gateway.errors import SignatureMismatch
-from gateway.provider import SignedRequest
+from gateway.provider import Identity, SignedRequest
 from providers import _signature
 from providers.plivo_audio_streaming import Provider, Settings
 from tests.doubles.plivo import signature_v3
@@ -185,6 +185,20 @@ def test_v2_is_accepted_on_request_only() -> None:
     upgrade = request("GET", STREAM, hmac_of(f"http{STREAM.removeprefix('https')}{NONCE}"), name="V2", Upgrade="websocket")
     assert accepted(upgrade, accept_v2=True)
     assert not accepted(upgrade)
+
+
+def test_a_request_is_known_by_the_nonce_of_the_signature_that_is_right() -> None:
+    """A nonce beside it is anybody's word."""
+    v3, v2 = hmac_of(f"{ANSWER}.{NONCE}"), hmac_of(f"{ANSWER}{NONCE}")
+    only_v2 = request("GET", ANSWER, v2, name="V2")
+    disguised = SignedRequest(
+        "GET", ANSWER, dict(only_v2.headers) | {"x-plivo-signature-v3-nonce": "7", "x-plivo-signature-v3": v3}
+    )
+    for accept_v2, signed, version in ((False, request("GET", ANSWER, v3), "v3"), (True, request("GET", ANSWER, v3), "v3"),
+                                       (True, only_v2, "v2"), (True, disguised, "v2")):  # fmt: skip
+        provider = Provider(Settings(auth_token=TOKEN, accept_v2=accept_v2))
+        provider.authenticate(signed)
+        assert Identity(f"{version} {NONCE}", nonce=True) == provider.identity(signed)
 
 
 def test_a_refusal_names_the_forms_and_what_is_wrong() -> None:
