@@ -1,5 +1,6 @@
 """Foreign, strict doubles of everything the gateway talks to, written from the protocol pages alone."""
 
+from .calling import Calling
 from .conversation_relay import ConversationRelay
 from .plivo import ABSENT, EXTRA_HEADERS_FORMS, Plivo
 from .service import FRAMED, RAW, EchoService20, Link, Memory, RecordingService, scripted
@@ -11,6 +12,7 @@ __all__ = [
     "EXTRA_HEADERS_FORMS",
     "FRAMED",
     "RAW",
+    "Calling",
     "ConversationRelay",
     "EchoService20",
     "Link",
