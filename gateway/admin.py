@@ -4,30 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import os
 import platform
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import isawaitable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 import structlog
 from aiohttp import web
+from msgspec import Struct
 from structlog.typing import FilteringBoundLogger
 
-from gateway import __version__, logs
+from gateway import __version__, logs, wav
+from gateway.audio import convert_whole
 from gateway.callcontrol import ApiFailed, Placement, Transfer
 from gateway.door import Remarks
-from gateway.errors import ConfigError, UnsupportedCommand
-from gateway.events import COMMAND_NAMES, Clear, Command, Dtmf, Stop, StopReason
+from gateway.errors import ConfigError, LocalError, UnsupportedCommand
+from gateway.events import COMMAND_NAMES, Audio, Clear, Command, Dtmf, Message, Stop, StopReason
+from gateway.media import MediaFormat
 from gateway.metrics import Metrics
 from gateway.settings import MASKED, Settings, host_port, is_loopback
 from gateway.stream import House, Stream
 from gateway.watchdog import Watchdog
+from gateway.wav import WavError
 
 LARGEST_BODY = 4 * 1024
+ACTIONS = ("hangup", "clear", "dtmf", "transfer", "play")
+SOUND_TYPES = frozenset({"audio/wav", "audio/x-wav", "audio/wave", "audio/vnd.wave"})
+JSON_TYPES = frozenset({"application/json", "application/x-www-form-urlencoded"})
+"""The second is what `curl -d` says of whatever it sends."""
+
+LARGEST_SOUND = 16 * 2**20
+"""Bytes of a WAV file that is played into a call: some 87 seconds of CD quality, or 17 minutes at a call's own."""
+
 OPEN = frozenset({"/livez", "/readyz"})
 """Asked by orchestrators that know no token; they tell nothing of calls."""
 
@@ -46,6 +60,18 @@ _PRIVATE_KEY = frozenset({"parameters", "extra_headers"})
 T = TypeVar("T")
 Hook = Callable[[], object]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Sound(Struct, frozen=True, forbid_unknown_fields=True):
+    """What is to be played: a WAV file's path inside `sounds`."""
+
+    file: str
+
+
+class Attachment(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which of the configured services is to listen."""
+
+    service: str
 
 
 @dataclass
@@ -115,6 +141,9 @@ class Admin:
         app.router.add_get("/calls", self._calls)
         app.router.add_post("/calls", self._place)
         app.router.add_get("/calls/{session}", self._call)
+        app.router.add_post("/calls/{session}/listeners", self._attach)
+        app.router.add_delete("/calls/{session}/listeners/{service}", self._detach)
+        app.router.add_post("/calls/{session}/play", self._play)
         app.router.add_post("/calls/{session}/{action}", self._control)
         app.router.add_post("/drain", self._drain)
         app.router.add_post("/reload", self._reload)
@@ -255,8 +284,8 @@ class Admin:
     async def _control(self, request: web.Request) -> web.Response:
         """Give a live call one command, as its service could; or have its carrier end it, or go on with something else."""
         action = request.match_info["action"]
-        if action not in ("hangup", "clear", "dtmf", "transfer"):
-            raise Trouble(404, f"a call can't be told to {action[:40]!r} here; known: hangup, clear, dtmf, transfer")
+        if action not in ACTIONS:
+            raise Trouble(404, f"a call can't be told to {action[:40]!r} here; known: {', '.join(ACTIONS)}")
         stream = self._stream(request)
         if action in ("hangup", "transfer") and stream.session.start is not None and not stream.session.over:
             call_id, control = stream.session.start.call_id, self._house.control
@@ -272,6 +301,72 @@ class Admin:
         self._perform(stream, Dtmf(await _digits(request)) if action == "dtmf" else Clear() if action == "clear" else Stop())
         self._log.info("operator_command", action=action, session=stream.session_id)
         return _json({"session": stream.session_id, "done": action})
+
+    async def _play(self, request: web.Request) -> web.Response:
+        """Queue a WAV file behind whatever waits to be played; what the service says from now on is queued behind it."""
+        stream = self._stream(request)
+        self._admits(stream, Audio)
+        file: bytes | Path
+        if request.content_type in SOUND_TYPES:
+            file = await _upload(request)
+        elif request.content_type in JSON_TYPES:
+            file = self._sound((await _body(request, Sound, 'send {"file": "notice.wav"}')).file)
+        else:
+            raise Trouble(415, 'send a WAV file as audio/wav, or {"file": "notice.wav"} as application/json')
+        into = stream.start.media_format
+        if into is None:
+            raise Trouble(409, "the stream carries words, not sound")
+        try:
+            payload = await asyncio.to_thread(_sound, file, into)
+        except FileNotFoundError:
+            raise Trouble(404, "there is no such file in `sounds`") from None
+        except (WavError, ConfigError) as error:
+            raise Trouble(415 if isinstance(file, bytes) else 422, str(error)) from None
+        self._admits(stream, Audio)  # it may have ended meanwhile
+        length_ms, room_ms = into.duration_ms(len(payload)), self._settings.capacity_ms - stream.figures().queued_ms
+        if length_ms > room_ms:
+            raise Trouble(409, f"it lasts {length_ms / 1000:.1f} s, and the queue has room for {max(0, room_ms) / 1000:.1f} s")
+        ahead_ms, queued = stream.pending()[0], stream.figures().queued
+        self._perform(stream, Audio(payload))
+        if stream.figures().queued == queued and payload:
+            raise Trouble(409, "the stream refused it: it ends once what is queued has played")
+        self._log.info("operator_command", action="play", session=stream.session_id, length_ms=round(length_ms))
+        done = {"session": stream.session_id, "done": "play", "length_ms": round(length_ms), "ahead_ms": ahead_ms}
+        return _json(done, 202)
+
+    def _sound(self, name: str) -> Path:
+        """The file of this name. Raises Trouble for what is outside the directory, wherever links lead."""
+        if self._settings.sounds is None:
+            raise Trouble(409, "no directory of sounds is configured; write `sounds`, or send the file itself as audio/wav")
+        directory = Path(self._settings.sounds).resolve()
+        try:
+            path = (directory / name).resolve()
+        except (OSError, ValueError, RuntimeError):
+            raise Trouble(404, "there is no such file in `sounds`") from None
+        if not path.is_relative_to(directory):
+            raise Trouble(404, "there is no such file in `sounds`")
+        return path
+
+    async def _attach(self, request: web.Request) -> web.Response:
+        """Have one more of the configured services listen to a live call."""
+        stream, name = self._stream(request), (await _body(request, Attachment, 'send {"service": "monitor"}')).service
+        service = self._settings.services.get(name)
+        if service is None:
+            raise Trouble(404, f"service: there is none of this name; there are: {', '.join(self._settings.services)}")
+        try:
+            stream.attach(name, service)
+        except LocalError as error:
+            raise Trouble(409, str(error)) from None
+        self._log.info("operator_command", action="attach", session=stream.session_id, service=name)
+        return _json({"session": stream.session_id, "listeners": stream.figures().line()["listeners"]}, 202)
+
+    async def _detach(self, request: web.Request) -> web.Response:
+        """Take a listener off a live call; answers once it is gone."""
+        stream, name = self._stream(request), request.match_info["service"]
+        if not await stream.detach(name):
+            raise Trouble(404, "no listener of this name is on the call; GET /calls/SESSION lists them")
+        self._log.info("operator_command", action="detach", session=stream.session_id, service=name)
+        return _json({"session": stream.session_id, "listeners": stream.figures().line()["listeners"]})
 
     async def _hang_up(self, stream: Stream, call_id: str) -> web.Response:
         """End the call where its carrier can be asked to; in any case its stream, after which a call may go on with `after`."""
@@ -290,18 +385,23 @@ class Admin:
             raise Trouble(502, _prose(f"its stream is ended, but the call may go on: {trouble}"))
         return _json({"session": stream.session_id, "done": "hangup", "ended": ended})
 
-    def _perform(self, stream: Stream, command: Command) -> None:
-        session, word = stream.session, COMMAND_NAMES[type(command)]
+    def _admits(self, stream: Stream, command: type[Message]) -> None:
+        """Raises Trouble unless the stream can be given such a command now."""
+        session, word = stream.session, COMMAND_NAMES[command]
         if session.over:
             raise Trouble(409, "the stream is over")
         if session.start is None:
-            if not isinstance(command, Stop):
-                raise Trouble(409, "the stream has not started: its start frame has not come")
-            stream.end(StopReason.SERVICE_STOP)
-            return
+            raise Trouble(409, "the stream has not started: its start frame has not come")
         accepts = stream.start.accepts
         if word not in (*accepts, "stop"):
             raise Trouble(409, f"this stream can't carry out {word!r}; it accepts: {', '.join(accepts) or 'nothing'}")
+
+    def _perform(self, stream: Stream, command: Command) -> None:
+        session = stream.session
+        if session.start is None and not session.over and isinstance(command, Stop):
+            stream.end(StopReason.SERVICE_STOP)
+            return
+        self._admits(stream, type(command))
         faults = sum(session.faults.values())
         stream.perform(command)
         if sum(session.faults.values()) > faults:
@@ -359,6 +459,28 @@ async def _body(request: web.Request, want: type[T], example: str) -> T:
         raise Trouble(400, f"{error}; {example}") from None
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         raise Trouble(400, f"not a JSON object; {example}") from None
+
+
+async def _upload(request: web.Request) -> bytes:
+    body = bytearray()
+    async for piece in request.content.iter_any():
+        body += piece
+        if len(body) > LARGEST_SOUND:
+            raise Trouble(413, f"too large: send at most {LARGEST_SOUND} bytes, or put the file into `sounds`")
+    return bytes(body)
+
+
+def _sound(file: bytes | Path, into: MediaFormat) -> bytes:
+    """A WAV file in a call's format. Raises FileNotFoundError, WavError and ConfigError."""
+    if isinstance(file, bytes):
+        read = wav.parse(file, "the body")
+    elif not os.path.isfile(file):  # noqa: PTH113 — False also for names that no file can have
+        raise FileNotFoundError(file)
+    elif file.stat().st_size > LARGEST_SOUND:
+        raise WavError(f"{file.name} has more than {LARGEST_SOUND} bytes")
+    else:
+        read = wav.read(file)
+    return convert_whole(read.pcm, read.media_format, into)
 
 
 async def _order(request: web.Request) -> Placement:
@@ -434,6 +556,7 @@ def _view(stream: Stream) -> dict[str, Any]:
         "gap_ms": figures.gap_ms,
         "queued_ms": figures.queued_ms,
         "ahead_ms": round(figures.ahead_ms),
+        "listeners": figures.line()["listeners"],
         "checkpoints": dict(figures.outcomes),
     }
 

@@ -38,6 +38,7 @@ class StopReason(StrEnum):
     DRAIN = "drain"  # this gateway is going away
     PROTOCOL_ERROR = "protocol_error"  # too many bad frames
     TIMEOUT = "timeout"  # no start in time
+    DETACHED = "detached"  # an operator took this listener off the call, which goes on
 
 
 class GapReason(StrEnum):

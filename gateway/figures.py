@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gateway.bus import Subscription
 from gateway.events import StopReason
+from gateway.listeners import ListenerFigures
 from gateway.services import Link, LinkFigures
 from gateway.session import Session
 from gateway.stopwatch import Stopwatch
@@ -27,6 +28,7 @@ class Figures:
     link: LinkFigures | None
     links: Sequence[LinkFigures]
     """All links that the stream has had, the present one last."""
+    listeners: Sequence[ListenerFigures]
     stopwatch: Stopwatch
     frames_in: int
     frames_out: int
@@ -68,6 +70,16 @@ class Figures:
             "setup_ms": round(self.setup_secs * 1000) if self.setup_secs is not None else None,
             "service": link.service if link is not None else None,
             "reconnects": sum(outage.count for each in self.links for outage in each.outages.values()),
+            "listeners": [
+                {
+                    "name": each.name,
+                    "track": each.track,
+                    "state": each.state,
+                    "lag_ms": round(each.lag_ms),
+                    "dropped_ms": round(each.dropped_ms),
+                }
+                for each in self.listeners
+            ],
             "frames_in": self.frames_in,
             "frames_out": self.frames_out,
             "bad_frames": dict(self.bad),
@@ -103,6 +115,7 @@ def measure(
     links: Sequence[Link],
     subscription: Subscription | None,
     stopwatch: Stopwatch,
+    listeners: Sequence[ListenerFigures],
     *,
     entered: bool,
     began: float,
@@ -126,6 +139,7 @@ def measure(
         reason=session.stop.reason if session.stop is not None else None,
         link=fared[-1] if fared else None,
         links=fared,
+        listeners=listeners,
         stopwatch=stopwatch,
         frames_in=session.frames_in,
         frames_out=session.frames_out,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 from structlog.typing import FilteringBoundLogger
 
 from gateway.bus import Channel, Subscription
-from gateway.events import Audio, Command, Event, Fault, Flow, Start
+from gateway.events import Audio, Command, Event, Fault, Flow, Start, Stop
 from gateway.media import MediaFormat, Track
 from gateway.services import Line, Link, ServiceLost
 from gateway.services.dialler import Dialler
@@ -17,6 +19,25 @@ from gateway.settings import RecorderService, Service, WebsocketService
 
 FAULTS_PER_SEC = 20.0
 """Refusals that a listener is told each second."""
+
+MOST_LISTENERS = 16
+"""Of one stream, those of its route and those that operators attach."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerFigures:
+    """How one listener fares."""
+
+    name: str
+    """Its service's."""
+    track: str
+    """`inbound`, `outbound` or `both`."""
+    state: Literal["dialling", "serving", "away", "lost", "done"]
+    """`lost`: it was given up; `done`: it has taken the end, or was taken off the call."""
+    lag_ms: float
+    """Audio that waits for it."""
+    dropped_ms: float
+    """Audio of its track that it did not get and will not get."""
 
 
 class Overheard(Subscription):
@@ -30,9 +51,9 @@ class Overheard(Subscription):
         if self._everything or not isinstance(event, (Flow, Fault)):
             super().offer(event)
 
-    def tell(self, fault: Fault) -> None:
+    def tell(self, event: Event) -> None:
         """Tell this listener alone."""
-        super().offer(fault)
+        super().offer(event)
 
 
 class ListenerLine:
@@ -73,6 +94,18 @@ class ListenerLine:
         self._line.report(code, message)
 
 
+@dataclass(eq=False, slots=True)
+class _Hearer:
+    name: str
+    overheard: Overheard
+    link: Link
+    task: asyncio.Task[None] | None = None
+    state: Literal["lost", "done"] | None = None
+    """None while it listens."""
+    dropped_before: int = 0
+    """Bytes, by its predecessors of the same name."""
+
+
 class Listeners:
     """The listeners of one stream. `add` each, once the stream has started; `finish` when it is over."""
 
@@ -81,7 +114,15 @@ class Listeners:
         self._channel = channel
         self._dialler = dialler
         self._capacity_ms = capacity_ms
-        self._links: dict[asyncio.Task[None], Link] = {}
+        self._hearers: dict[str, _Hearer] = {}
+
+    def refuses(self, name: str) -> str | None:
+        """Why no service of this name can be added now, as a sentence; None: it can."""
+        if self._listening(name) is not None:
+            return f"{name} listens already"
+        if sum(hearer.state is None for hearer in self._hearers.values()) >= MOST_LISTENERS:
+            return f"{MOST_LISTENERS} services listen already"
+        return None
 
     def add(self, tasks: asyncio.TaskGroup, name: str, service: Service, link: Callable[[Line], Link]) -> None:
         """Have it listen from now on, with what `link` makes."""
@@ -93,27 +134,75 @@ class Listeners:
         )
         line = ListenerLine(self._line, name, overheard, self._dialler)
         self._channel.subscribe(overheard)
-        made = link(line)
-        self._links[tasks.create_task(self._attend(line, overheard, made))] = made
+        made, earlier = link(line), self._hearers.get(name)
+        hearer = self._hearers[name] = _Hearer(name, overheard, made)
+        if earlier is not None:
+            hearer.dropped_before = earlier.dropped_before + self._dropped(earlier)
+        hearer.task = tasks.create_task(self._attend(line, hearer))
 
-    async def finish(self, timeout_secs: float) -> None:
-        """They have been told the end: let them take it, but not for ever."""
-        for task, link in self._links.items():
-            if not task.done() and link.figures().state == "dialling":
-                task.cancel()  # it has heard nothing, and won't
-        if self._links:
-            _, late = await asyncio.wait(self._links, timeout=timeout_secs)
+    async def remove(self, name: str, stop: Stop, timeout_secs: float) -> bool:
+        """Take it off the call, which goes on: it is told `stop` and may take what it was told before. False: it isn't there."""
+        hearer = self._listening(name)
+        if hearer is None:
+            return False
+        self._channel.unsubscribe(hearer.overheard)
+        hearer.overheard.tell(stop)
+        await self._finish([hearer], timeout_secs)
+        return True
+
+    async def finish(self, timeout_secs: float) -> tuple[list[ListenerFigures], list[ListenerFigures]]:
+        """They have been told the end: let them take it, but not for ever. Returns how they fared before and after that."""
+        before = self.figures()
+        await self._finish([*self._hearers.values()], timeout_secs)
+        return before, self.figures()
+
+    def figures(self) -> list[ListenerFigures]:
+        """How they fare, those that have gone included; one for each name."""
+        return [self._measure(hearer) for hearer in self._hearers.values()]
+
+    def _listening(self, name: str) -> _Hearer | None:
+        hearer = self._hearers.get(name)
+        return hearer if hearer is not None and hearer.state is None else None
+
+    def _measure(self, hearer: _Hearer) -> ListenerFigures:
+        media_format, fared, overheard = self._line.start.media_format, hearer.link.figures(), hearer.overheard
+        lag_ms = dropped_ms = 0.0
+        if media_format is not None:
+            if hearer.state is None:
+                lag_ms = fared.lag_ms + media_format.duration_ms(overheard.audio_bytes)
+            dropped_ms = media_format.duration_ms(hearer.dropped_before + self._dropped(hearer))
+        track = "both" if overheard.both else str(overheard.track)
+        return ListenerFigures(hearer.name, track, hearer.state or fared.state, lag_ms, dropped_ms)
+
+    def _dropped(self, hearer: _Hearer) -> int:
+        """Bytes that have come its way and neither reached it nor wait for it."""
+        offered, link = hearer.overheard.offered_bytes, hearer.link
+        held = hearer.overheard.audio_bytes + link.figures().unsent_bytes if hearer.state is None else 0
+        return max(0, offered - link.forwarded_bytes - held)
+
+    async def _finish(self, hearers: list[_Hearer], timeout_secs: float) -> None:
+        tasks = [hearer.task for hearer in hearers if hearer.task is not None]
+        for hearer in hearers:
+            if hearer.task is not None and not hearer.task.done() and hearer.link.figures().state == "dialling":
+                hearer.task.cancel()  # it has heard nothing, and won't
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=timeout_secs)
             for task in late:
                 task.cancel()
+        for hearer in hearers:
+            hearer.state = hearer.state or "done"
 
-    async def _attend(self, line: ListenerLine, overheard: Overheard, link: Link) -> None:
+    async def _attend(self, line: ListenerLine, hearer: _Hearer) -> None:
+        state: Literal["lost", "done"] = "lost"
         try:
-            await link.run()
+            await hearer.link.run()
+            state = "done"
         except ServiceLost as lost:
             line.log.warning("listener_lost", error=str(lost))
         except Exception:  # whatever it is, it is not the call's
             line.log.exception("listener_failed")
         finally:
-            self._channel.unsubscribe(overheard)
+            self._channel.unsubscribe(hearer.overheard)
+            hearer.state = state
             if line.refusals:
                 line.log.info("listener_refused", commands=line.refusals)

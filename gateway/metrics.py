@@ -19,6 +19,7 @@ from prometheus_client.utils import floatToGoString
 from gateway import __version__
 from gateway.buckets import DURATION_SECS, LATENCY_SECS, WAIT_SECS, Buckets
 from gateway.figures import Figures
+from gateway.listeners import ListenerFigures
 from gateway.watchdog import LAG_SECS, Watchdog
 
 MOST_SERIES = 200
@@ -58,6 +59,8 @@ COUNTERS = {
     "telephony_checkpoints": Family("Checkpoints, by what became of the audio before them", ("provider", "outcome")),
     "telephony_faults": Family("Refusals that services were told of, the carriers' own among them", ("provider", "code")),
     "telephony_service_losses": Family("Connections to services that were lost in mid-call", ("service",)),
+    "telephony_listeners_lost": Family("Listeners that were given up in mid-call", ("service",)),
+    "telephony_listener_dropped_seconds": Family("Audio that listeners did not get and will not get", ("service",)),
     "telephony_refusals": Family("Calls and connections that were not let in for want of room", ("provider", "reason")),
     "telephony_reloads": Family("Readings of the configuration while calls went on, by outcome", ("outcome",)),
     "telephony_auth_failures": Family("Requests without a good signature, token or password", ("provider", "reason")),
@@ -86,6 +89,8 @@ GAUGES = {
     "telephony_service_lag_max_seconds": Family(
         "Callers' audio that a service is behind, of the call that is most", ("service",)
     ),
+    "telephony_listener_calls": Family("Calls that a service listens to, or is to", ("service", "state")),
+    "telephony_listener_lag_max_seconds": Family("Audio that waits for a listener, on the call where it is most", ("service",)),
     "telephony_playout_queued_seconds": Family("Audio that waits to be played, over all calls", ("provider",)),
     "telephony_playout_queued_max_seconds": Family("The same, of the call that has most", ("provider",)),
     "telephony_draining": Family("1 while the process ends its calls and takes no new ones"),
@@ -160,6 +165,14 @@ class Sums:
             for service, outages in link.outages.items():
                 self.spread("telephony_service_recovery_seconds", service, by=outages)
 
+        self.listeners(figures.listeners)
+
+    def listeners(self, listeners: Iterable[ListenerFigures], *, sign: int = 1) -> None:
+        """What listeners have missed, and which are lost; with `sign=-1` it is taken back."""
+        for each in listeners:
+            self.count("telephony_listener_dropped_seconds", each.name, by=sign * each.dropped_ms / 1000)
+            self.count("telephony_listeners_lost", each.name, by=sign * (each.state == "lost"))
+
     def live(self, figures: Figures) -> None:
         """What a stream holds at the moment."""
         if not figures.entered:
@@ -171,6 +184,10 @@ class Sums:
         if link is not None:
             self.raise_("telephony_service_calls", link.service, link.state, by=1)
             self.raise_("telephony_service_lag_max_seconds", link.service, by=link.lag_ms / 1000, most=True)
+        for each in figures.listeners:
+            if each.state not in ("lost", "done"):
+                self.raise_("telephony_listener_calls", each.name, each.state, by=1)
+                self.raise_("telephony_listener_lag_max_seconds", each.name, by=each.lag_ms / 1000, most=True)
 
 
 class Totals:
@@ -190,6 +207,11 @@ class Totals:
                 _add(sums, "telephony_call_setup_seconds", name, figures.setup_secs)
         elif not figures.started:
             sums.count("telephony_unstarted", name)
+
+    def outlive(self, before: Iterable[ListenerFigures], after: Iterable[ListenerFigures]) -> None:
+        """The listeners of a stream that has ended are gone as well; `before` is how they fared when it ended."""
+        self.sums.listeners(after)
+        self.sums.listeners(before, sign=-1)
 
     def refuse(self, provider: str, reason: str) -> None:
         """Somebody was not let in; `reason` is a constant word."""

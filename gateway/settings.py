@@ -279,6 +279,7 @@ class Settings(Struct, frozen=True):
     listen: address and port that carriers reach; port 0 picks a free one.
     admin: address and port that operators reach, for health, metrics and live calls; default none.
     admin_token: bearer token that operators show, at least 16 characters; required unless `admin` is a loopback address.
+    sounds: directory of WAV files that operators can have played into calls (`POST /calls/SESSION/play`); default none.
     public_url: what carriers dial, https, up to but without the provider's name; required unless each provider has `auth: none`.
     secret: signs stream URLs, the same on all instances (`openssl rand -hex 32`); required unless each provider has `auth: none`.
     tls: certificate and key, and `listen` serves https and wss; default none, a proxy does that.
@@ -300,6 +301,7 @@ class Settings(Struct, frozen=True):
     listen: Address = "127.0.0.1:8080"
     admin: Address | None = None
     admin_token: Annotated[str, Meta(min_length=16, extra={"check": _bearer})] | None = None
+    sounds: Annotated[str, Meta(extra={"check": _directory})] | None = None
     public_url: PublicUrl | None = None
     secret: Annotated[str, Meta(min_length=16)] | None = None
     tls: Tls | None = None

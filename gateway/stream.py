@@ -21,7 +21,8 @@ from gateway.callcontrol import CallControl
 from gateway.capture import Capture
 from gateway.clock import Clock
 from gateway.door import Door, Pass
-from gateway.events import Audio, BargeIn, Checkpoint, Clear, Command, Event, Flow, Speech, Spoken, Start, StopReason
+from gateway.errors import LocalError
+from gateway.events import Audio, BargeIn, Checkpoint, Clear, Command, Event, Flow, Speech, Spoken, Start, Stop, StopReason
 from gateway.figures import Figures, measure
 from gateway.listeners import Listeners
 from gateway.media import Track
@@ -117,6 +118,7 @@ class Stream:
         self._serving: asyncio.Task[None] | None = None
         self._links: list[Link] = []
         self._listeners: Listeners | None = None
+        self._taken: Route | None = None
         captures = any(route.capture for route in house.settings.routes)
         self._capture = Capture(asyncio.get_running_loop().time()) if captures else None
         self._began = self._loop.time()
@@ -153,7 +155,7 @@ class Stream:
                     writing.cancel()
                     self._depart()  # listeners may take their time: the call is over
                     if self._listeners is not None:
-                        await self._listeners.finish(FAREWELL_SECS)
+                        self._house.totals.outlive(*await self._listeners.finish(FAREWELL_SECS))
         except Exception:
             self.log.exception("stream_failed")
             await self._socket.close(code=aiohttp.WSCloseCode.INTERNAL_ERROR)
@@ -175,6 +177,7 @@ class Stream:
             self._links,
             self.subscription if self._links else None,
             self._stopwatch,
+            self._listeners.figures() if self._listeners is not None else (),
             entered=self._entered,
             began=self._began,
             now=self._loop.time(),
@@ -267,7 +270,7 @@ class Stream:
         self._replace(start)
         settings = self._house.settings
         route = self._route(start)
-        self.route = route.label if route is not None else None
+        self.route, self._taken = (route.label, route) if route is not None else (None, None)
         self.log.info("stream_started", stream_id=start.stream_id, media_format=str(start.media_format), route=self.route)
         if route is None:
             self.log.warning("no_route", caller=start.caller, called=start.called)
@@ -284,12 +287,29 @@ class Stream:
             self._capture.keep(Path(route.capture), self.provider, self.kind, self.session_id, self._capture_failed)
         elif self._capture is not None:
             self._capture = None
-        if route.listeners:
-            self._listeners = Listeners(self, self._channel, self._house.listening, capacity_ms=settings.hold_ms)
-            for name in route.listeners:
-                service = settings.services[name]
-                link = partial(_link, [(name, service)], route=route, dialects=self._house.dialects, role="listener")
-                self._listeners.add(self._tasks, name, service, link)
+        self._listeners = Listeners(self, self._channel, self._house.listening, capacity_ms=settings.hold_ms)
+        for name in route.listeners:
+            self._listen(self._listeners, name, settings.services[name], route)
+
+    def _listen(self, listeners: Listeners, name: str, service: Service, route: Route) -> None:
+        link = partial(_link, [(name, service)], route=route, dialects=self._house.dialects, role="listener")
+        listeners.add(self._tasks, name, service, link)
+
+    def attach(self, name: str, service: Service) -> None:
+        """Have one more service listen from now on. Raises LocalError with a sentence where it can't."""
+        listeners, route = self._listeners, self._taken
+        if listeners is None or route is None or self.session.over:
+            raise LocalError("the stream is over" if self.session.over else "the stream has not started")
+        if (refused := listeners.refuses(name)) is not None:
+            raise LocalError(refused)
+        if _hears_playout(service):
+            self.session.follow_playout(self._loop.time())
+        self._listen(listeners, name, service, route)
+
+    async def detach(self, name: str) -> bool:
+        """Take a listener off the call, once it has taken what it was told. False: there is none of this name."""
+        stop = Stop(StopReason.DETACHED, account=self.session.account(self._loop.time()))
+        return self._listeners is not None and await self._listeners.remove(name, stop, FAREWELL_SECS)
 
     def _route(self, start: Start) -> Route | None:
         """The route that the webhook chose, or else the one for what the start frame says."""

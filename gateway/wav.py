@@ -11,6 +11,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from gateway.audio import g711
 from gateway.errors import GatewayError
 from gateway.media import Encoding, MediaFormat
 
@@ -37,7 +38,7 @@ class Wav(Struct, frozen=True):
 
 
 def read(path: Path | str) -> Wav:
-    """Reads linear PCM of 8, 16, 24 or 32 bits, or 32-bit float; any rate, any number of channels (averaged to one).
+    """Reads linear PCM of 8, 16, 24 or 32 bits, 32-bit float, mu-law, A-law; any rate, any channels (averaged to one).
 
     Raises WavError, never anything else.
     """
@@ -46,6 +47,11 @@ def read(path: Path | str) -> Wav:
         data = path.read_bytes()
     except OSError as error:
         raise WavError(f"{path}: {error.strerror or error}") from error
+    return parse(data, path)
+
+
+def parse(data: bytes, path: Path | str) -> Wav:
+    """The same of a file's content; `path` is what complaints call it. Raises WavError, never anything else."""
     if data[:4] not in (b"RIFF", b"RF64") or data[8:12] != b"WAVE":
         raise WavError(f"{path} is not a WAV file. {_convert(path)}")
     chunks = dict(_chunks(data))
@@ -114,6 +120,10 @@ def _samples(tag: int, bits: int, body: bytes) -> NDArray[np.float64] | None:
             return np.frombuffer(body, "<i4") / 65536.0
         case 3, 32:
             return np.nan_to_num(np.frombuffer(body, "<f4").astype(np.float64)) * 32768
+        case 6, 8:
+            return np.frombuffer(g711.alaw_to_pcm16(body), "<i2").astype(np.float64)
+        case 7, 8:
+            return np.frombuffer(g711.mulaw_to_pcm16(body), "<i2").astype(np.float64)
         case _:
             return None
 
@@ -122,5 +132,6 @@ def _pcm16(samples: NDArray[np.float64]) -> bytes:
     return np.clip(np.rint(samples), -32768, 32767).astype("<i2").tobytes()
 
 
-def _convert(path: Path) -> str:
+def _convert(path: Path | str) -> str:
+    path = Path(path) if isinstance(path, Path) else Path("in.wav")
     return f"Convert it first: sox {path.name} -c 1 -r 8000 -b 16 -e signed {path.stem or 'out'}-8k.wav"

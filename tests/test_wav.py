@@ -83,8 +83,7 @@ def test_size_left_open_by_a_pipe_and_a_cut_last_frame(tmp_path: Path) -> None:
     [
         (b"ID3 this is an mp3", "is not a WAV file"),
         (b"", "is not a WAV file"),
-        (riff(fmt(7, 8), b"\xff\xff"), "8-bit mu-law"),
-        (riff(fmt(6, 8), b"\xd5\xd5"), "8-bit A-law"),
+        (riff(fmt(7, 16), b"\xff\xff"), "16-bit mu-law"),
         (riff(fmt(2, 4), b"\xd5\xd5"), "format 0x0002"),
         (riff(fmt(1, 12), b"\xd5\xd5"), "12-bit PCM"),
         (riff(fmt(1, 16, channels=0), b""), "0 channels"),
@@ -120,3 +119,11 @@ def test_the_bundled_clip_is_a_few_seconds_of_loud_enough_speech() -> None:
     samples = np.frombuffer(clip.pcm, "<i2")
     assert 12000 < np.abs(samples).max() < 20000
     assert len(clip.pcm) < 90_000
+
+
+@pytest.mark.parametrize(("tag", "code", "loudest"), [(7, 0x80, 32124), (6, 0xAA, 32256)])
+def test_telephones_own_encodings_are_read(tmp_path: Path, tag: int, code: int, loudest: int) -> None:
+    silence = {7: 0xFF, 6: 0xD5}[tag]
+    pcm = np.frombuffer(read(tmp_path / "a.wav", riff(fmt(tag, 8, rate=8000), bytes([silence, code]))).pcm, "<i2")
+    assert abs(pcm[0]) <= 8
+    assert loudest == pcm[1]

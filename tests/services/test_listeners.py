@@ -314,6 +314,8 @@ async def test_refusals_are_bounded() -> None:
 @pytest.mark.parametrize("error", [ServiceLost("gone"), ZeroDivisionError("bug"), asyncio.CancelledError()])
 async def test_whatever_ends_a_link_ends_nothing_else(error: BaseException) -> None:
     class Broken:
+        forwarded_bytes = 0
+
         def figures(self) -> LinkFigures:
             return LinkFigures("x", "serving")
 
