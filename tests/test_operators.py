@@ -270,7 +270,7 @@ async def test_a_listener_is_put_on_a_live_call_and_taken_off(
     assert "listener" == link.start["role"]
     assert NOISE[:8000] == link.audio.lstrip(b"\xff"), "before it perhaps the pause in which it came"
     assert NOISE[12000:13600] == again.audio.lstrip(b"\xff")
-    assert NOISE[:7000] in heard.audio
+    assert NOISE[:7000] in heard.audio.replace(b"\xff", b"")
     pcm = wav.read(tmp_path / f"{session}.wav")
     assert 900 <= pcm.duration_ms <= 2000
     assert len(played(call)) >= 13_600, "the call noticed nothing"
