@@ -82,7 +82,7 @@ TELLS: dict[str, dict[str, str]] = {
     "fault": {"code": "string", "message": "string", "ref": "any"},
     "ack": {"seq": "integer"},
     "stop": {
-        "reason": "caller_hangup|carrier_closed|service_stop|service_lost|drain|protocol_error|timeout",
+        "reason": "caller_hangup|carrier_closed|service_stop|service_lost|drain|protocol_error|timeout|detached",
         "account": "object",
     },
 }
