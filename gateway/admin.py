@@ -292,8 +292,12 @@ class Admin:
             if action == "transfer":
                 target = await _body(request, Transfer, 'send {"xml": "<Dial>…</Dial>"} or {"url": "https://…"}')
                 self._log.info("operator_command", action=action, session=stream.session_id)
+                base, door = f"{self._base_url()}/{stream.provider}/document", self._house.door
                 with _told():
-                    await control.transfer(stream.provider, stream.account, call_id, target)
+                    await control.transfer(
+                        stream.provider, stream.account, call_id, target,
+                        lambda document: f"{base}/{door.publish(stream.provider, document)}",
+                    )  # fmt: skip
                 return _json({"session": stream.session_id, "done": action}, 202)
             return await self._hang_up(stream, call_id)
         if action == "transfer":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 from urllib.parse import urlencode, urlsplit
 
@@ -60,7 +60,9 @@ class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
 class CallControl:
     """One process's client of carriers' APIs. Make it in a running loop; `close` it at the end."""
 
-    def __init__(self, user_agent: str) -> None:
+    def __init__(self, user_agent: str, count: Callable[[str, str, str], None] = lambda *_: None) -> None:
+        """`count` is told of each request: the provider's name, what was asked, and the result."""
+        self._count = count
         self._log = structlog.get_logger("gateway.callcontrol")
         self._http = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=CONNECTIONS),
@@ -84,7 +86,7 @@ class CallControl:
         base = f"{base_url}/{name}"
         query = f"?{urlencode({'route': order.route})}" if order.route is not None else ""
         request = provider.place_call(order.to, order.from_, f"{base}/answer{query}", status_url=f"{base}/status")
-        reply = await self._ask(provider, request, "place")
+        reply = await self._ask(name, provider, request, "place")
         self._log.info(
             "call_placed", provider=name, call_id=reply.call_id, called=order.to, caller=order.from_, route=order.route
         )
@@ -92,24 +94,32 @@ class CallControl:
 
     async def hang_up(self, name: str, provider: Provider, call_id: str) -> Literal["done", "over"]:
         """End the call: `over` where it had ended. Raises UnsupportedCommand (no credentials) and ApiFailed."""
-        reply = await self._ask(provider, provider.hang_up_call(call_id), "hangup")
+        reply = await self._ask(name, provider, provider.hang_up_call(call_id), "hangup")
         self._log.info("call_hung_up", provider=name, call_id=call_id, outcome=reply.outcome)
         return "over" if reply.outcome == "over" else "done"
 
-    async def transfer(self, name: str, provider: Provider, call_id: str, to: Transfer) -> None:
-        """Have the call go on otherwise; the carrier ends its stream. Raises ValueError, UnsupportedCommand and ApiFailed."""
+    async def transfer(
+        self, name: str, provider: Provider, call_id: str, to: Transfer, publish: Callable[[str], str] | None = None
+    ) -> None:
+        """Have the call go on otherwise; the carrier ends its stream. `publish` is for carriers that fetch their documents.
+
+        Raises ValueError, UnsupportedCommand and ApiFailed.
+        """
         if bool(to.xml.strip()) == bool(to.url):
             raise ValueError("give one of xml (elements such as <Dial>…</Dial>) and url (that answers with a document)")
         if to.url and not DOCUMENT_URL.fullmatch(to.url):
             raise ValueError("url: is no http:// or https:// URL")
-        await self._ask(provider, provider.transfer_call(call_id, xml=to.xml, url=to.url), "transfer")
+        request = provider.transfer_call(call_id, xml=to.xml, url=to.url, publish=publish)
+        await self._ask(name, provider, request, "transfer")
         self._log.info("call_transferred", provider=name, call_id=call_id, by="xml" if to.xml else "url")
 
-    async def _ask(self, provider: Provider, request: HttpRequest, what: str) -> ApiReply:
+    async def _ask(self, name: str, provider: Provider, request: HttpRequest, what: str) -> ApiReply:
         """What the API says to it: `done`; to a hang-up also `over`. Raises ApiFailed."""
+        result = "failed"
         try:
             status, body = await self._perform(request)
             reply = provider.reply(status, body)
+            result = reply.outcome
             if reply.outcome == "over" and what != "hangup":
                 raise ApiFailed(f"the carrier knows no such live call: {reply.problem}")
             if reply.outcome == "refused":
@@ -117,8 +127,11 @@ class CallControl:
             if what == "place" and not reply.call_id:
                 raise ApiFailed(f"the carrier answered HTTP {status} and named no call", unknown=True)
         except ApiFailed as failed:
+            result = "unknown" if failed.unknown else result
             self._log.warning("carrier_api_failed", what=what, api=urlsplit(request.url).netloc, error=str(failed))
             raise
+        finally:
+            self._count(name, what, result)
         return reply
 
     async def _perform(self, request: HttpRequest) -> tuple[int, bytes]:

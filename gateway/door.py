@@ -14,7 +14,7 @@ from structlog.typing import FilteringBoundLogger
 
 from gateway.admission import Admission, client_address, networks
 from gateway.diary import FINGERPRINT_BYTES, Entry, Kind, Verdict, judge, unpack
-from gateway.errors import RemoteError, SignatureMismatch
+from gateway.errors import RemoteError, SignatureMismatch, UnsupportedCommand
 from gateway.events import Start
 from gateway.ledger import Book, Ledger
 from gateway.provider import Call, Provider, SignedRequest
@@ -153,6 +153,28 @@ class Door:
             self.remarks.tell("token_refused", now, provider=name, reason="used")
             raise Refused(403, "token")
         return ticket
+
+    def publish(self, name: str, document: str) -> str:
+        """What stands at the end of the one URL at which this provider, and nobody else, gets this document, once and soon.
+
+        Raises UnsupportedCommand if it is too long for that.
+        """
+        try:
+            return self._tokens.seal(document, name, now=time.time(), nonce=secrets.token_bytes(NONCE_BYTES))
+        except ValueError as error:
+            raise UnsupportedCommand(f"xml: {error}; give a url that answers with it") from None
+
+    def document(self, name: str, sealed: str, now: float) -> str:
+        """The document of such a URL, whose request was authenticated. Raises Refused 403."""
+        try:
+            found = self._tokens.unseal(sealed, name, now=time.time())
+            reason = "" if self._ledger.use(found.nonce, found.expires, time.time()) else "used"
+        except TokenError as error:
+            reason = error.reason
+        if reason:
+            self.remarks.tell("token_refused", now, provider=name, reason=reason)
+            raise Refused(403, "token")
+        return found.text
 
     def knock(self, name: str, request: SignedRequest, ticket: Ticket | None, address: str, now: float) -> Pass:
         """A connection asks for an upgrade. Raises Refused. Call `enter` or `leave` with what it returns, once."""

@@ -62,6 +62,10 @@ COUNTERS = {
     "telephony_listeners_lost": Family("Listeners that were given up in mid-call", ("service",)),
     "telephony_listener_dropped_seconds": Family("Audio that listeners did not get and will not get", ("service",)),
     "telephony_refusals": Family("Calls and connections that were not let in for want of room", ("provider", "reason")),
+    "telephony_api_requests": Family(
+        "Requests to carriers' APIs: place, hangup or transfer; done, over, refused, failed, or unknown where no answer came",
+        ("provider", "request", "result"),
+    ),
     "telephony_reloads": Family("Readings of the configuration while calls went on, by outcome", ("outcome",)),
     "telephony_auth_failures": Family("Requests without a good signature, token or password", ("provider", "reason")),
 }
@@ -212,6 +216,10 @@ class Totals:
         """The listeners of a stream that has ended are gone as well; `before` is how they fared when it ended."""
         self.sums.listeners(after)
         self.sums.listeners(before, sign=-1)
+
+    def asked(self, provider: str, request: str, result: str) -> None:
+        """A carrier's API was asked for something."""
+        self.sums.count("telephony_api_requests", provider, request, result)
 
     def refuse(self, provider: str, reason: str) -> None:
         """Somebody was not let in; `reason` is a constant word."""

@@ -7,7 +7,7 @@ a carrier with the second; conformance tests plug the two together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar, Literal, Protocol
 from urllib.parse import parse_qsl
 
@@ -283,9 +283,12 @@ class Provider(Protocol):
         """The request that ends a call, not only its stream."""
         ...
 
-    def transfer_call(self, call_id: str, *, xml: str = "", url: str = "") -> HttpRequest:
+    def transfer_call(
+        self, call_id: str, *, xml: str = "", url: str = "", publish: Callable[[str], str] | None = None
+    ) -> HttpRequest:
         """The request that has a call go on with these XML elements, or with what `url` answers; exactly one is given.
 
+        Where the carrier takes no document but the URL of one, `publish` makes a URL that answers it once with a document.
         The carrier ends the call's stream. Raises UnsupportedCommand for what this carrier can't be asked.
         """
         ...

@@ -23,7 +23,7 @@ from gateway.door import Door, Refused, Remarks
 from gateway.errors import MalformedFrame
 from gateway.events import StopReason
 from gateway.figures import Figures
-from gateway.metrics import Metrics, Standing
+from gateway.metrics import Metrics, Standing, Totals
 from gateway.porter import Porters, Visitor
 from gateway.provider import Answer, Call, Provider, SignedRequest
 from gateway.routing import match
@@ -105,7 +105,7 @@ class Server:
         if self.settings.tls is not None:
             self._certificate = Certificate(self.settings.tls, self._log)
         tracer = open_tracer(self.settings.tracing)
-        remarks = Remarks(self._log.warning)
+        remarks, totals = Remarks(self._log.warning), Totals()
         self.house = House(
             settings=self.settings,
             bus=self.bus,
@@ -113,9 +113,10 @@ class Server:
             dialler=Dialler(f"telephony-audio-gateway/{__version__}"),
             listening=Dialler(f"telephony-audio-gateway/{__version__}"),
             door=Door(self.settings, self.providers, self._log, remarks),
-            control=CallControl(f"telephony-audio-gateway/{__version__}"),
+            control=CallControl(f"telephony-audio-gateway/{__version__}", totals.asked),
             providers=self.providers,
             tracer=tracer,
+            totals=totals,
             dialects=self._dialects,
         )
         app = web.Application(client_max_size=LARGEST_FRAME, middlewares=[self._observe])
@@ -123,6 +124,7 @@ class Server:
             app.router.add_route(method, "/{provider}/answer", self._answer)
             app.router.add_route(method, "/{provider}/action", self._action)
             app.router.add_route(method, "/{provider}/status", self._status)
+            app.router.add_route(method, "/{provider}/document/{sealed}", self._document)
         app.router.add_route("GET", "/{provider}/stream", self._stream)
         app.router.add_route("GET", "/{provider}/stream/{token}", self._stream)
         self._runner = web.AppRunner(
@@ -325,6 +327,14 @@ class Server:
             reason=status.reason,
         )  # fmt: skip
         return web.Response(status=204)
+
+    async def _document(self, request: web.Request) -> web.Response:
+        """The carrier fetches what a call goes on with, which its URL holds."""
+        rules, _, _, call = await self._webhook(request)
+        name = request.match_info["provider"]
+        document = rules.house.door.document(name, request.match_info["sealed"], self._now())
+        self._log.info("document_fetched", provider=name, call_id=call.call_id)
+        return _xml(Answer(document))
 
     async def _webhook(
         self, request: web.Request, *, asks_for_stream: bool = False

@@ -5,6 +5,11 @@ is used only once is `gateway.ledger`'s business.
 
     token = base64url(mac, 16 bytes) + base64url(expires 4 · provider 8 · nonce 16 · length of call id 1 · call id · route)
 
+A document that a carrier is to fetch, such as what a call is transferred to, travels in the path of its own URL likewise, sealed:
+any instance can answer with it, and logs of proxies show nothing of it.
+
+    sealed = base64url(mac, 16 bytes · expires 4 · provider 8 · nonce 16 · document, XORed with SHAKE-256(key · nonce))
+
 `mac` is HMAC-SHA256, cut to 128 bits, over the text that follows it: one token has one spelling. `provider` is a keyed hash of
 the provider's name. There is no phone number inside; the call id is there for whoever cares to decode it.
 """
@@ -31,11 +36,15 @@ NONCE_BYTES = 16
 MAX_CALL_ID_BYTES = 128
 MAX_ROUTE_BYTES = 32
 
+MAX_DOCUMENT_BYTES = 1000
+"""Of a sealed document in UTF-8: its URL stays below 1500 characters, which nobody on the way refuses."""
+
 _MAC_BYTES = 16
 _MAC_CHARACTERS = 22
 _HASH_BYTES = 8
 _HEAD = 4 + _HASH_BYTES + NONCE_BYTES + 1
 _FORM = re.compile(rf"[A-Za-z0-9_-]{{{_MAC_CHARACTERS + 40},300}}")
+_SEALED = re.compile(r"[A-Za-z0-9_-]{56,1400}")
 
 Reason = Literal["malformed", "forged", "other_provider", "expired"]
 
@@ -58,12 +67,22 @@ class Ticket(Struct, frozen=True):
     nonce: bytes
 
 
+class Document(Struct, frozen=True):
+    """What was sealed; `expires` in seconds since 1970."""
+
+    text: str
+    expires: int
+    nonce: bytes
+
+
 class Tokens:
     """Mints and reads tokens with one shared secret."""
 
     def __init__(self, secret: str) -> None:
         master = secret.encode("utf-8", "surrogatepass")
         self._mac_key = hmac.digest(master, b"telephony-gateway: stream token, version 1", hashlib.sha256)
+        self._seal_key = hmac.digest(master, b"telephony-gateway: sealed document, version 1", hashlib.sha256)
+        self._veil_key = hmac.digest(master, b"telephony-gateway: veil of a document, version 1", hashlib.sha256)
         self._name_key = hmac.digest(master, b"telephony-gateway: provider in a token, version 1", hashlib.sha256)
 
     def mint(self, provider: str, call_id: str, route: str, *, now: float, nonce: bytes) -> str:
@@ -109,6 +128,39 @@ class Tokens:
             expires=expires,
             nonce=raw[4 + _HASH_BYTES : _HEAD - 1],
         )
+
+    def seal(self, document: str, provider: str, *, now: float, nonce: bytes) -> str:
+        """A document for `provider` to fetch, within LIFETIME_SECS. Arguments as in `mint`; a nonce must never come twice.
+
+        Raises ValueError for more than MAX_DOCUMENT_BYTES.
+        """
+        clear = document.encode()
+        if len(clear) > MAX_DOCUMENT_BYTES or len(nonce) != NONCE_BYTES:
+            raise ValueError(f"{len(clear)} bytes; a document has at most {MAX_DOCUMENT_BYTES}")
+        head = (int(now) + LIFETIME_SECS).to_bytes(4) + self._hash(provider) + nonce
+        body = head + self._veiled(clear, nonce)
+        return _text(hmac.digest(self._seal_key, body, hashlib.sha256)[:_MAC_BYTES] + body)
+
+    def unseal(self, sealed: str, provider: str, *, now: float) -> Document:
+        """What was sealed for `provider` and has not expired. Raises TokenError; take its nonce to the ledger."""
+        if _SEALED.fullmatch(sealed) is None or len(sealed) % 4 == 1:  # no bytes are written like that
+            raise TokenError("malformed")
+        raw = urlsafe_b64decode(f"{sealed}{'=' * (-len(sealed) % 4)}")
+        mac, body = raw[:_MAC_BYTES], raw[_MAC_BYTES:]
+        # The last character of base64 may have bits to spare: one document has one spelling.
+        if not hmac.compare_digest(hmac.digest(self._seal_key, body, hashlib.sha256)[:_MAC_BYTES], mac) or _text(raw) != sealed:
+            raise TokenError("forged")
+        if not hmac.compare_digest(self._hash(provider), body[4 : 4 + _HASH_BYTES]):
+            raise TokenError("other_provider")
+        expires = int.from_bytes(body[:4])
+        if now > expires + LEEWAY_SECS:
+            raise TokenError("expired")
+        nonce = body[4 + _HASH_BYTES : _HEAD - 1]
+        return Document(self._veiled(body[_HEAD - 1 :], nonce).decode(), expires, nonce)
+
+    def _veiled(self, document: bytes, nonce: bytes) -> bytes:
+        veil = hashlib.shake_256(self._veil_key + nonce).digest(len(document))
+        return bytes(a ^ b for a, b in zip(document, veil, strict=True))
 
     def _mac(self, body: str) -> str:
         return _text(hmac.digest(self._mac_key, body.encode("ascii"), hashlib.sha256)[:_MAC_BYTES])

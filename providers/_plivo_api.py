@@ -6,13 +6,13 @@ Sources: plivo.com/docs/voice/api/call, /docs/voice/api/overview, November 2026.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from urllib.parse import quote
 
 from gateway.errors import UnsupportedCommand
 from gateway.provider import ApiReply, HttpRequest
 
-from . import _account
+from . import _account, _xml
 from ._json import read_object, text, write
 
 API_URL = "https://api.plivo.com"
@@ -45,10 +45,14 @@ class Api:
         """204; 404 for a call that is over."""
         return self._send("DELETE", f"{quote(call_id, safe='')}/")
 
-    def transfer(self, call_id: str, *, xml: str, url: str) -> HttpRequest:
-        """202: the call goes on with what `url` answers; its stream ends."""
+    def transfer(self, call_id: str, *, xml: str, url: str, publish: Callable[[str], str] | None) -> HttpRequest:
+        """202: the call goes on with what `url` answers, for Plivo takes no document; its stream ends."""
         if xml:
-            raise UnsupportedCommand("xml: Plivo takes the url of a document, not the document")
+            for problem in _xml.check_elements("xml", xml):
+                raise UnsupportedCommand(problem)
+            if publish is None:
+                raise UnsupportedCommand("xml: Plivo takes the url of a document, not the document")
+            url = publish(_xml.response(xml.strip()))
         return self._send("POST", f"{quote(call_id, safe='')}/", {"legs": "aleg", "aleg_url": url, "aleg_method": "POST"})
 
     def _send(self, method: str, path: str, fields: Mapping[str, str] | None = None) -> HttpRequest:

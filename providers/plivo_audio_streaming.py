@@ -6,7 +6,7 @@ Wire facts: plivo.com/docs/voice-agents/audio-streaming/concepts/audio-streaming
 from __future__ import annotations
 
 from binascii import b2a_base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, assert_never
 
 from msgspec import UNSET, Struct, UnsetType
@@ -551,9 +551,11 @@ class Provider:
         """Plivo's request to end a call. Raises UnsupportedCommand without `account_id`."""
         return self._api.hang_up(call_id)
 
-    def transfer_call(self, call_id: str, *, xml: str = "", url: str = "") -> HttpRequest:
-        """Plivo's request to go on otherwise, by `url` only. Raises UnsupportedCommand for what can't be asked."""
-        return self._api.transfer(call_id, xml=xml, url=url)
+    def transfer_call(
+        self, call_id: str, *, xml: str = "", url: str = "", publish: Callable[[str], str] | None = None
+    ) -> HttpRequest:
+        """Plivo's request to go on otherwise. Raises UnsupportedCommand for what can't be asked."""
+        return self._api.transfer(call_id, xml=xml, url=url, publish=publish)
 
     def reply(self, status: int, body: bytes) -> ApiReply:
         """What Plivo answered. Never raises."""

@@ -6,7 +6,7 @@ November 2026; the shape of `info` is in no page and comes from recorded session
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, assert_never
 
 from msgspec import UNSET, Struct, UnsetType
@@ -531,7 +531,9 @@ class Provider:
         """Twilio's request to end a call. Raises UnsupportedCommand without `account_id`."""
         return self._api.hang_up(call_id)
 
-    def transfer_call(self, call_id: str, *, xml: str = "", url: str = "") -> HttpRequest:
+    def transfer_call(
+        self, call_id: str, *, xml: str = "", url: str = "", publish: Callable[[str], str] | None = None
+    ) -> HttpRequest:
         """Twilio's request to go on otherwise. Raises UnsupportedCommand for what can't be asked."""
         return self._api.transfer(call_id, xml=xml, url=url)
 

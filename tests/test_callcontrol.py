@@ -7,7 +7,7 @@ import base64
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
 import aiohttp
 import pytest
@@ -17,7 +17,7 @@ from gateway import callcontrol
 from gateway.admin import redacted
 from gateway.callcontrol import ApiFailed, CallControl, Placement, Transfer
 from gateway.errors import UnsupportedCommand
-from gateway.provider import HttpRequest
+from gateway.provider import HttpRequest, SignedRequest
 from gateway.server import Server
 from gateway.signing import Signing
 from gateway.simulator import simulate
@@ -25,6 +25,7 @@ from tests.conftest import Launch
 from tests.doubles import RecordingService
 from tests.test_admin import ADMIN, Operator
 from tests.test_doctor import SIGNED, document, free_port
+from tests.test_metrics import scrape
 
 TOKEN = "0a1b2c3d4e5f60718293a4b5c6d7e8f9"
 TWILIO, PLIVO = "AC0123456789abcdef0123456789abcdef", "MA0123456789ABCDEFGH"
@@ -216,22 +217,70 @@ async def test_a_hang_up_ends_the_call_and_a_transfer_sends_it_elsewhere(
             server, f"/calls/{session}/transfer", json=target
         )
         status, answer = await operator.post(server, f"/calls/{session}/transfer", json={"xml": "<Dial>+14155550100</Dial>"})
-        if name == "plivo":
-            assert (409, "xml: Plivo takes the url of a document, not the document") == (status, answer["error"])
-        else:
-            assert 202 == status
+        assert 202 == status
         status, answer = await operator.post(server, f"/calls/{session}/hangup")
         assert (200, "call") == (status, answer["ended"])
     assert call.result().connected
     if name == "plivo":
         path = f"/v1/Account/{PLIVO}/Call/{UUID}/"
         moved = {"legs": "aleg", "aleg_url": "https://example.com/next", "aleg_method": "POST"}
-        assert [("POST", path, moved), ("DELETE", path, {})] == api.asked
+        fetched = moved | {"aleg_url": api.asked[1][2]["aleg_url"]}
+        assert [("POST", path, moved), ("POST", path, fetched), ("DELETE", path, {})] == api.asked
+        assert fetched["aleg_url"].startswith(f"{server.settings.base_url()}/plivo/document/")
     else:
         path = f"/2010-04-01/Accounts/{TWILIO}/Calls/{CALL}.json"
         twiml = '<?xml version="1.0" encoding="UTF-8"?><Response><Dial>+14155550100</Dial></Response>'
         forms = ({"Url": "https://example.com/next", "Method": "POST"}, {"Twiml": twiml}, {"Status": "completed"})
         assert [("POST", path, form) for form in forms] == api.asked
+
+
+NEXT = "<Dial><Number>14155550100</Number></Dial><Speak>Grüß Gott</Speak>"
+DOCUMENT = f'<?xml version="1.0" encoding="UTF-8"?><Response>{NEXT}</Response>'
+
+
+async def fetch(server: Server, url: str, *, signed: bool = True, name: str = "plivo") -> tuple[int, str]:
+    """As Plivo asks `url`: (status, body)."""
+    form = {"CallUUID": UUID, "CallSid": CALL, "From": FROM[1:], "To": TO[1:], "Event": "Redirect", "CallStatus": "in-progress"}
+    body = urlencode(form).encode()
+    headers = {"content-type": "application/x-www-form-urlencoded"}
+    if signed:
+        headers |= server.providers[name].sign(SignedRequest.read("POST", url, headers, body))
+    async with aiohttp.ClientSession() as http, http.post(url, data=body, headers=headers) as response:
+        assert response.status != 200 or response.content_type == "application/xml"
+        return response.status, await response.text()
+
+
+async def test_plivo_fetches_what_a_call_is_transferred_to_once_and_from_any_process(
+    gateway: Gateway, api: Api, operator: Operator, log: list[Any]
+) -> None:
+    server, other = await gateway(), await gateway()
+    api.live.add(UUID)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(answered(server, "plivo", f"{server.settings.base_url()}/plivo/answer", hold_secs=30))
+        path = f"/calls/{await live(server, operator)}"
+        urls = []
+        for _ in range(2):
+            assert 202 == (await operator.post(server, f"{path}/transfer", json={"xml": NEXT}))[0]
+            urls.append(api.asked[-1][2]["aleg_url"])
+        # The load balancer may ask either process: there it is another port.
+        elsewhere = urls[0].replace(server.settings.base_url(), other.settings.base_url())
+        assert (403, "") == await fetch(other, elsewhere, signed=False)
+        assert (200, DOCUMENT) == await fetch(other, elsewhere)
+        assert (403, "") == await fetch(server, urls[0]), "used, whoever has answered"
+        assert (403, "") == await fetch(other, elsewhere)
+        assert (403, "") == await fetch(server, urls[1][:-1] + ("A" if urls[1][-1] != "A" else "B"))
+        assert (403, "") == await fetch(server, urls[1].replace("/plivo/", "/twilio/"), name="twilio")
+        assert (200, DOCUMENT) == await fetch(server, urls[1])
+        for xml, complaint in ((f"<Speak>{'x' * 1000}</Speak>", "at most 1000; give a url"), ("<Dial>", "not well-formed")):
+            status, answer = await operator.post(server, f"{path}/transfer", json={"xml": xml})
+            assert 409 == status
+            assert complaint in answer["error"]
+        await operator.post(server, f"{path}/hangup")
+    assert 1 == len({len(url) for url in urls}) == len([entry for entry in log if entry["event"] == "call_transferred"]) - 1
+    for url in urls:
+        sealed = url.rpartition("/")[2]
+        assert b"14155550100" not in base64.urlsafe_b64decode(sealed + "=" * (-len(sealed) % 4)), "logs of proxies have URLs"
+        assert sealed not in json.dumps(log, default=str)
 
 
 async def test_a_call_that_has_ended_can_be_hung_up_but_not_transferred(gateway: Gateway, api: Api, operator: Operator) -> None:
@@ -258,6 +307,37 @@ async def test_where_the_api_fails_a_hang_up_ends_the_stream_and_says_so(gateway
         session = await live(server, operator)
         status, answer = await operator.post(server, f"/calls/{session}/hangup")
     assert (502, "its stream is ended, but the call may go on: the carrier refused: HTTP 503") == (status, answer["error"])
+
+
+async def test_requests_are_counted_by_provider_and_result(gateway: Gateway, api: Api, operator: Operator) -> None:
+    server = await gateway()
+    assert 202 == (await operator.post(server, "/calls", json=order("plivo")))[0]
+    api.live.clear()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(answered(server, "twilio", f"{server.settings.base_url()}/twilio/answer", hold_secs=30))
+        session = await live(server, operator)
+        assert 502 == (await operator.post(server, f"/calls/{session}/transfer", json={"xml": "<Hangup/>"}))[0]
+        assert 200 == (await operator.post(server, f"/calls/{session}/hangup"))[0]
+
+    async def breaks_off() -> web.StreamResponse:
+        raise web.HTTPInternalServerError from None
+
+    async def says_nothing() -> web.StreamResponse:
+        return web.json_response({}, status=201)
+
+    api.answer_with = says_nothing
+    assert 504 == (await operator.post(server, "/calls", json=order("twilio")))[0]
+    api.answer_with = breaks_off
+    assert 502 == (await operator.post(server, "/calls", json=order("twilio")))[0]
+    now = await scrape(server)
+    counted = {tuple(sample.labels.values()): sample.value for sample in now.of("telephony_api_requests_total")}
+    assert counted == {
+        ("plivo", "place", "done"): 1,
+        ("twilio", "transfer", "over"): 1,
+        ("twilio", "hangup", "over"): 1,
+        ("twilio", "place", "unknown"): 1,
+        ("twilio", "place", "refused"): 1,
+    }
 
 
 async def test_without_credentials_only_the_stream_is_ended(gateway: Gateway, api: Api, operator: Operator) -> None:

@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import MalformedFrame, RemoteError
-from gateway.tokens import LEEWAY_SECS, LIFETIME_SECS, MAX_CALL_ID_BYTES, NONCE_BYTES, Ticket, TokenError, Tokens
+from gateway.tokens import (
+    LEEWAY_SECS,
+    LIFETIME_SECS,
+    MAX_CALL_ID_BYTES,
+    MAX_DOCUMENT_BYTES,
+    NONCE_BYTES,
+    Document,
+    Ticket,
+    TokenError,
+    Tokens,
+)
 
 TOKENS = Tokens("correct horse battery staple")
 NOW = 1_800_000_000.75
@@ -138,3 +148,54 @@ def test_the_providers_name_and_the_secret_are_not_in_it() -> None:
 
 def test_a_bad_token_is_the_other_sides_fault() -> None:
     assert issubclass(TokenError, RemoteError)
+
+
+# --- sealed documents ---
+
+
+def unsealed(sealed: str, provider: str = "plivo", now: float = NOW, tokens: Tokens = TOKENS) -> str:
+    """The text, or the reason why there is none."""
+    try:
+        return tokens.unseal(sealed, provider, now=now).text
+    except TokenError as error:
+        return error.reason
+
+
+@given(st.text(max_size=300), st.text(max_size=64), st.binary(min_size=16, max_size=16))
+def test_any_instance_with_the_secret_unseals_what_another_sealed(text: str, provider: str, nonce: bytes) -> None:
+    sealed = TOKENS.seal(text, provider, now=NOW, nonce=nonce)
+
+    assert re.fullmatch(r"[A-Za-z0-9_-]{56,1400}", sealed)
+    expected = Document(text, int(NOW) + LIFETIME_SECS, nonce)
+    assert expected == Tokens("correct horse battery staple").unseal(sealed, provider, now=NOW)
+    assert text.encode() not in urlsafe_b64decode(sealed + "=" * (-len(sealed) % 4)) or len(text.encode()) < 3
+
+
+def test_a_document_is_for_one_provider_for_a_minute_and_of_one_secret() -> None:
+    sealed = TOKENS.seal("<Hangup/>", "plivo", now=NOW, nonce=NONCE)
+    last = int(NOW) + LIFETIME_SECS + LEEWAY_SECS
+
+    assert "<Hangup/>" == unsealed(sealed, now=last)
+    assert "expired" == unsealed(sealed, now=last + 0.001)
+    assert "other_provider" == unsealed(sealed, "plivo-2")
+    assert "forged" == unsealed(sealed, tokens=Tokens("correct horse battery stable"))
+    assert "forged" == unsealed(mint())
+    with pytest.raises(TokenError):
+        TOKENS.read(sealed, "plivo", now=NOW)
+
+
+@given(st.data())
+def test_no_character_of_a_sealed_document_can_be_another(data: st.DataObject) -> None:
+    sealed = TOKENS.seal("<Dial>1</Dial>", "plivo", now=NOW, nonce=NONCE)
+    at = data.draw(st.integers(0, len(sealed) - 1))
+    other = data.draw(st.sampled_from("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"))
+
+    forged = sealed[:at] + other + sealed[at + 1 :]
+    assert forged == sealed or unsealed(forged) in ("forged", "malformed")
+    assert unsealed(sealed[:at]) in ("forged", "malformed")
+
+
+def test_a_document_is_as_long_as_a_url_may_be() -> None:
+    assert len(TOKENS.seal("x" * MAX_DOCUMENT_BYTES, "plivo", now=NOW, nonce=NONCE)) < 1400
+    with pytest.raises(ValueError, match="1001 bytes; a document has at most 1000"):
+        TOKENS.seal("x" * (MAX_DOCUMENT_BYTES + 1), "plivo", now=NOW, nonce=NONCE)

@@ -219,7 +219,7 @@ async def test_a_bad_listener_is_not_heard_on_the_call(launch: Launch, log: list
             ended = loop.time() - began
         for each in bad.links:
             each.drop()
-    assert ended < 0.5, "nobody waits for it at the end"
+    assert ended < 1.5, "nobody waits for it at the end, as long as FAREWELL_SECS"
     assert MULAW[:4800] == played(call) == link.audio
     assert [] == call.violations
     (line,) = [entry for entry in log if entry["event"] == "stream_ended"]
