@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -14,12 +15,13 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from gateway.ledger import Ledger
 from gateway.server import Server
 from tests.conftest import Launch
-from tests.doubles import TwilioMedia
+from tests.doubles import Refused, TwilioMedia
 from tests.test_doctor import TOKEN, bad, document, examine, free_port
 from tests.test_end_to_end import MULAW, played
-from tests.test_security import answer_twilio
+from tests.test_security import answer_twilio, until
 from tests.test_tls import Files
 
 CONFIG = Path(__file__).parent.parent / "config"
@@ -30,9 +32,9 @@ PROXIES = [
 
 
 def put_in(text: str, **changes: str) -> str:
-    """`text` with each of these once, and nothing that is not there."""
+    """`text` with each of these once, servers twice, and nothing that is not there."""
     for old, new in changes.items():
-        assert 1 == text.count(old), f"{old!r} is there {text.count(old)} times"
+        assert (2 if re.search(r":8080\b", old) else 1) == text.count(old), f"{old!r} is there {text.count(old)} times"
         text = text.replace(old, new)
     return text
 
@@ -143,6 +145,41 @@ async def test_t10_the_proxy_tells_the_caller_from_its_own_address(
         async with TwilioMedia(url, auth_token=TOKEN, call_sid="CA2", headers=lies) as call:
             await call.hangup()
     assert ["127.0.0.1"] == seen
+
+
+@pytest.mark.parametrize("name", PROXIES)
+async def test_s2_of_two_hosts_the_one_that_has_seen_a_token_gets_it_again(
+    launch: Launch, files: Files, tmp_path: Path, name: str
+) -> None:
+    """A captured upgrade, signature and all, opens nothing where hosts don't know of each other; and both hosts get calls."""
+    first, second, outer = free_port(), free_port(), free_port()
+    public = f"https://localhost:{outer}"
+    servers = [await launch(**document(port, public_url=public, trusted_proxies=["127.0.0.1"])) for port in (first, second)]
+    served = [0, 0]
+    for number, server in enumerate(servers):
+        server.house.door._ledger = Ledger("one host's", directory=tmp_path / f"host{number}")
+    arguments = command(name, files, tmp_path, outer, first)
+    path = next(Path(each) for each in arguments if each.endswith(f"{name}.conf"))
+    extra = "server gateway2 10.0.0.12:8080" if name == "haproxy" else "server 10.0.0.12:8080"
+    rewrite(path, {f"# {extra}": extra.replace("10.0.0.12:8080", f"127.0.0.1:{second}")})
+    process = await run(arguments, tmp_path / "output")
+    try:
+        await listening(outer)
+        for number in range(20):
+            url = await answer_twilio(public, f"CA{number}", ssl_context=files.trust)
+            async with TwilioMedia(url, auth_token=TOKEN, call_sid=f"CA{number}") as call:
+                await until(lambda: any(server.streams for server in servers))
+                served[0 if servers[0].streams else 1] += 1
+                await call.hangup()
+            for again in (url, url, f"{url}/", f"{url}?x", url.replace("/stream/", "//stream/")):
+                with pytest.raises(Refused):
+                    async with TwilioMedia(again, auth_token=TOKEN, public_url=url, call_sid=f"CA{number}"):
+                        pass
+        assert all(served), served
+    finally:
+        with suppress(ProcessLookupError):
+            process.terminate()
+        await process.wait()
 
 
 @pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is not installed")
