@@ -173,9 +173,10 @@ class Session:
             self.playout.follow(now)
 
     def fault(self, code: str, message: str, ref: str | int | None = None) -> None:
-        """Tell the service that something was refused."""
-        self.faults[code] += 1
-        self._emit(Fault(code, message, ref))
+        """Tell the service that something was refused. Nothing is told once the stream is over."""
+        if self.stop is None:
+            self.faults[code] += 1
+            self._emit(Fault(code, message, ref))
 
     # --- to the carrier ---
 
@@ -269,30 +270,26 @@ class Session:
                         self._report(result)
             case Clear():
                 pass  # only an acknowledgement: the session told the service when it cut
-            case Spoken():
-                self._emit(event)
-                if self.recital is not None:
-                    for result in self.recital.spoken(event.text):
-                        self._report(result)
-            case BargeIn():
-                self._emit(event)
-                if self.recital is not None:
-                    for result in self.recital.interrupted():
-                        self._report(result)
             case Unknown():
                 self._remark(self.unknown, "unknown_frame", event.kind, "")
-                self._emit(event)
+                if self.start is not None:
+                    self._emit(event)
             case Fault():
                 self.faults[event.code] += 1
                 self._note("carrier_fault", {"code": event.code, "message": event.message})
-                self._emit(event)
-            case Dtmf() | Transcript() | Speech() | Gap() | Flow() | Audio():
-                if isinstance(event, Speech) and event.who is Party.AGENT and self.recital is not None:
-                    self.recital.speech(event.active, now)
+                if self.start is not None:
+                    self._emit(event)
+            case Dtmf() | Transcript() | Spoken() | BargeIn() | Speech() | Gap() | Flow() | Audio():
                 if self.start is None:
                     self.bad["before_start"] += 1
-                else:
-                    self._emit(event)
+                    return
+                if isinstance(event, Speech) and event.who is Party.AGENT and self.recital is not None:
+                    self.recital.speech(event.active, now)
+                self._emit(event)
+                if self.recital is not None and isinstance(event, (Spoken, BargeIn)):
+                    heard = self.recital.spoken(event.text) if isinstance(event, Spoken) else self.recital.interrupted()
+                    for result in heard:
+                        self._report(result)
             case _ as never:
                 assert_never(never)
 
