@@ -1,4 +1,4 @@
-"""What is fuzzed: each carrier's codec (and its mirror half, which bots in that carrier's dialect speak to), and our own protocol."""
+"""What is fuzzed: each carrier's codec, its mirror half, which bots in that carrier's dialect speak to, and our own protocol."""
 
 from __future__ import annotations
 

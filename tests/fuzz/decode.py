@@ -24,7 +24,7 @@ ROUND = 40
 
 
 class Failure(msgspec.Struct):
-    """A conversation that broke something: frames in order, `t` and their text or `b` and their bytes as base64."""
+    """A conversation that broke something: frames in order, `t` text, `b` bytes or `s` text with lone surrogates, in base64."""
 
     level: str
     codec: str
@@ -35,11 +35,7 @@ class Failure(msgspec.Struct):
 
     @classmethod
     def of(cls, level: str, codec: str, script: int, frames: Iterable[Frame], seed: int, error: BaseException) -> Failure:
-        kept = [
-            ("t", frame) if isinstance(frame, str) and _plain(frame) else ("b" if isinstance(frame, bytes) else "s", _packed(frame))
-            for frame in frames
-        ]
-        return cls(level, codec, script, kept, seed, f"{type(error).__name__}: {error}"[:300])
+        return cls(level, codec, script, [_kept(frame) for frame in frames], seed, f"{type(error).__name__}: {error}"[:300])
 
     def given(self) -> list[Frame]:
         """The frames again."""
@@ -49,12 +45,12 @@ class Failure(msgspec.Struct):
         ]
 
 
-def _plain(text: str) -> bool:
-    return not any("\ud800" <= char <= "\udfff" for char in text)
-
-
-def _packed(frame: Frame) -> str:
-    return b64encode(frame.encode(errors="surrogatepass") if isinstance(frame, str) else frame).decode()
+def _kept(frame: Frame) -> tuple[str, str]:
+    if isinstance(frame, bytes):
+        return "b", b64encode(frame).decode()
+    if any("\ud800" <= char <= "\udfff" for char in frame):
+        return "s", b64encode(frame.encode(errors="surrogatepass")).decode()
+    return "t", frame
 
 
 @dataclass
@@ -124,13 +120,13 @@ def run(name: str, count: int, seed: int, tell: Callable[[int], None] = lambda _
         script = int(random.random() * len(target.seeds))
         decode, mutator = target.make(script), mutators[script]
         # Half of the conversations begin as they should.
-        sent: list[Frame] = [] if random.random() < 0.3 else [frame for frame in target.seeds[script][:2]]
+        sent: list[Frame] = [] if random.random() < 0.3 else [*target.seeds[script][:2]]
         sent += [mutator.frame() for _ in range(min(ROUND, count - figures.frames))]
         figures.frames += min(ROUND, count - figures.frames)
         for at, frame in enumerate(sent):
             try:
                 reason, took = one(decode, target.check, frame)
-            except Exception as error:  # noqa: BLE001 - that is what is looked for
+            except Exception as error:
                 figures.failures.append(Failure.of("decode", name, script, sent[: at + 1], seed, error))
                 break
             reasons[reason] = reasons.get(reason, 0) + 1

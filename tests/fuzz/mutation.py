@@ -1,4 +1,4 @@
-"""Frames, bent: recorded ones by grammar and mutation. Everything is drawn from one `Random`, and cheap: some microseconds each."""
+"""Frames, bent: recorded ones by grammar and mutation. All is drawn from one `Random`, and cheap: some microseconds each."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from typing import NamedTuple
 Frame = str | bytes
 
 TOKENS = (
-    *('"', "{", "}", "[", "]", ",", ":", "\\", "\\u0000", "\\ud800", "\\udfff\\ud800", "\ud800", "\x00", "\x7f", "\u2028", "\U0001f600"),
-    *("null", "true", "false", "NaN", "Infinity", "-0", "1e999", "-1e-999", "0.5", "9" * 400, "-1", "4294967296", "//", "/**/", "\ufeff"),
-    *('"event":', '"type":', '"start":', '"media":', '"payload":', '"streamSid":', '"streamId":', '"timestamp":', '"track":', '"id":'),
+    *('"', "{", "}", "[", "]", ",", ":", "\\", "\\u0000", "\\ud800", "\\udfff\\ud800", "\ud800", "\x00", "\x7f", "\u2028"),
+    *("null", "true", "false", "NaN", "Infinity", "-0", "1e999", "-1e-999", "0.5", "9" * 400, "-1", "4294967296", "//", "/**/"),
+    *("\ufeff", "\U0001f600", '"event":', '"type":', '"start":', '"media":', '"payload":', '"streamSid":', '"streamId":'),
+    *('"timestamp":', '"track":', '"id":'),
 )  # fmt: skip
 """What is put in between."""
 
 VALUES = (
-    *("null", "true", "false", "0", "-1", "1", "-0", "0.5", "1e999", "-1e308", "1e-400", "9007199254740993", "9" * 300, "-" + "9" * 30),
-    *('""', '"x"', '"0"', '"-1"', '"1e3"', '" 1 "', '"AAA="', '"AAB="', '"A"', '"%%%%"', '"AA\\nAA"', '"_-8="', '"//8="', '"\\ud800"'),
-    *('"\\u0000"', '"on"', '"off"', '"inbound"', '"outbound"', '"inbound_track"', '"audio/x-mulaw"', '"audio/x-l16"', "8000", "16000"),
-    *("[]", "{}", "[[]]", '[""]', '{"":{}}', '{"a":1,"a":2}', '"' + "x" * 300 + '"', '"' + "A" * 4000 + '"', '"1#*D"', '"w"', '"é\u2028"'),
-    *('"media"', '"start"', '"stop"', '"mark"', '"connected"', '"dtmf"', '"clear"', '"playedStream"', '"say"', '"checkpoint"', '"g0.1"'),
+    *("null", "true", "false", "0", "-1", "1", "-0", "0.5", "1e999", "-1e308", "1e-400", "9007199254740993", "8000", "16000"),
+    *("9" * 300, "-" + "9" * 30, '""', '"x"', '"0"', '"-1"', '"1e3"', '" 1 "', '"AAA="', '"AAB="', '"A"', '"%%%%"', '"AA\\nAA"'),
+    *('"_-8="', '"//8="', '"\\ud800"', '"\\u0000"', '"on"', '"off"', '"inbound"', '"outbound"', '"inbound_track"'),
+    *('"audio/x-mulaw"', '"audio/x-l16"', "[]", "{}", "[[]]", '[""]', '{"":{}}', '{"a":1,"a":2}', '"' + "x" * 300 + '"'),
+    *('"' + "A" * 4000 + '"', '"1#*D"', '"w"', '"é\u2028"', '"media"', '"start"', '"stop"', '"mark"', '"connected"', '"dtmf"'),
+    *('"clear"', '"playedStream"', '"say"', '"checkpoint"', '"g0.1"'),
 )  # fmt: skip
 """What is put in place of a value."""
 

@@ -30,7 +30,9 @@ def machine() -> str:
     """Cores, processor, Python: what figures depend on."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+        names = [
+            line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+        ]
         model = names[0] if names else model
     return f"{len(os.sched_getaffinity(0))} cores, {model}, Python {platform.python_version()}"
 
