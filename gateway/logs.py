@@ -46,6 +46,11 @@ _SECRETS = (
 )
 _NUMBERS = ("caller", "called", "from", "to", "number", "phone")
 _WORDS = ("digits", "text", "transcript", "heard", "handoff", "parameters", "extra_headers", "body")
+_COUNTS = {
+    "bad_frames",
+    "unknown_frames",
+    "faults",
+}  # numbers under names that others may have chosen: `{"payload": 3}` is no audio
 _PROSE = {"message", "detail", "details", "error", "errors", "reason", "exception", "problem", "cause"}
 _KEY_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 _VERSION = re.compile(r"(?i)([-_]?ma)?[-_]?v\d+([-_]?nonce)?$")  # X-Plivo-Signature-Ma-V3
@@ -166,6 +171,8 @@ def _clean(key: str, value: Any, depth: int) -> Any:
     if isinstance(value, msgspec.Struct):
         value = {"type": type(value).__name__} | msgspec.structs.asdict(value)
     if isinstance(value, Mapping):
+        if key in _COUNTS and all(type(count) is int for count in value.values()):
+            return {_scrub(_text(name)): count for name, count in list(value.items())[:_MAX_ITEMS]}
         return {_scrub(_text(name)): _clean(_text(name), one, depth + 1) for name, one in list(value.items())[:_MAX_ITEMS]}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_clean(key, one, depth + 1) for one in list(value)[:_MAX_ITEMS]]

@@ -476,7 +476,7 @@ class _HttpLog(logging.Logger):
 
     def exception(self, msg: object, *args: object, exc_info: Any = True, **_: Any) -> None:
         now = asyncio.get_running_loop().time()
-        if isinstance(exc_info, (HttpProcessingError, aiohttp.ClientPayloadError)):
+        if isinstance(exc_info, (HttpProcessingError, aiohttp.ClientPayloadError, ConnectionError)):
             self._remarks.tell("bad_http", now, why=type(exc_info).__name__)
         else:
             self._remarks.tell("request_failed", now, log=self._structured.error, exc_info=exc_info)

@@ -15,7 +15,7 @@ import msgspec
 
 from tests.results import store
 
-from . import decode, session
+from . import decode, session, wire
 from .codecs import TARGETS
 from .decode import REGRESSIONS, Failure, Figures
 

@@ -1,0 +1,109 @@
+"""A gateway in a process of its own: its log, its memory, its descriptors."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+LOUD = frozenset({"error", "critical"})
+
+
+class GatewayProcess:
+    """One that runs. `log` is the file of its standard error, JSON lines."""
+
+    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
+        self.process, self.log = process, log
+        self.port = self.admin_port = 0
+        self._read_to = 0
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def new_entries(self) -> list[dict[str, Any]]:
+        """The log's lines since the last question."""
+        with self.log.open("rb") as file:
+            file.seek(self._read_to)
+            whole = file.read().rpartition(b"\n")[0]
+        self._read_to += len(whole) + 1 if whole else 0
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def status(self, name: str) -> int:
+        """A number of /proc/PID/status: `VmRSS` in KiB, `Threads`."""
+        found = re.search(rf"^{name}:\s+(\d+)", Path(f"/proc/{self.pid}/status").read_text(), re.MULTILINE)
+        assert found is not None
+        return int(found[1])
+
+    @property
+    def rss_kib(self) -> int:
+        return self.status("VmRSS")
+
+    @property
+    def descriptors(self) -> int:
+        return len([*Path(f"/proc/{self.pid}/fd").iterdir()])
+
+    @property
+    def cpu_seconds(self) -> float:
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    async def listening(self) -> None:
+        """Until it listens. The ports are known then."""
+        async with asyncio.timeout(20):
+            while not self.port:
+                assert self.process.returncode is None, self.log.read_text()
+                for entry in self.new_entries():
+                    if entry["event"] == "listening":
+                        self.port = int(entry["address"].rpartition(":")[2])
+                    elif entry["event"] == "admin_listening":
+                        self.admin_port = int(entry["address"].rpartition(":")[2])
+                await asyncio.sleep(0.02)
+
+
+def loud(log: str) -> list[str]:
+    """The lines that tell of a fault of ours: errors, and whatever is no line of the log (a traceback, a warning)."""
+    found = []
+    for line in log.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            found.append(line)
+            continue
+        if entry.get("level") in LOUD or "exception" in entry or "Traceback" in line:
+            found.append(line)
+    return found
+
+
+@asynccontextmanager
+async def gateway(directory: Path, document: dict[str, object], *, program: str = "") -> AsyncIterator[GatewayProcess]:
+    """A gateway with this configuration until the block ends; then SIGTERM, and it must end well. `program` runs before it."""
+    config, log = directory / "gateway.yaml", directory / "gateway.log"
+    config.write_text(json.dumps({"listen": "127.0.0.1:0", **document}))
+    script = f"{program}\nfrom gateway.cli import main\nmain()"
+    with log.open("wb") as file:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", script, "serve", "--config", config),
+            stderr=file,
+            env={**os.environ, "NO_COLOR": "1"},
+        )
+    running = GatewayProcess(process, log)
+    try:
+        await running.listening()
+        yield running
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(process.wait(), 15)
+        except TimeoutError:
+            process.kill()
+            raise
+    assert process.returncode == 0, log.read_text()[-2000:]
