@@ -40,6 +40,7 @@ from gateway import (
     wav,
 )
 from gateway import demo as demonstration
+from gateway.bench.command import bench
 from gateway.callreport import CallReport
 from gateway.conformance.command import examine
 from gateway.errors import ConfigError
@@ -467,6 +468,7 @@ def asyncapi_yaml() -> str:
 
 
 main.add_command(examine)
+main.add_command(bench)
 
 
 def feature_matrix() -> str:

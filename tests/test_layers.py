@@ -30,6 +30,7 @@ LAYERS = {
         *("gateway.config", "gateway.yaml_nodes", "gateway.schema"),
         *("gateway.cli", "gateway.reload", "gateway.demo", "gateway.__main__"),  # demo: a command that needs every provider
         *("gateway.report", "gateway.replay"),  # commands too; report needs a foreign package of its own
+        "gateway.bench",  # starts processes, plays every carrier
     ),
 }
 VOCABULARY_ORDER = LAYERS[0]  # "each other downward"
