@@ -193,8 +193,8 @@ def print_table(console: Console, rows: list[Summary]) -> None:
     console.print(grid)
     most, late = max(row.generator_cpu for row in rows), max(row.generator_late_p99_ms for row in rows)
     console.print(
-        "CPU: of one core, with the kernel's share. Frame: 20 ms of one call in one direction. Latency: added from socket to socket; "
-        "the filters' delay within the audio is on top. Holes: in playout. "
+        "CPU: of one core, with the kernel's share. Frame: 20 ms of one call in one direction. Latency: added from socket to "
+        "socket; the filters' delay within the audio is on top. Holes: in playout. "
         f"The generator used {most:.0%} of a core at most, and was late by {late:.1f} ms (p99).",
         style="dim",
     )
@@ -202,7 +202,7 @@ def print_table(console: Console, rows: list[Summary]) -> None:
         if row.sound_up_delay_ms is not None and row.sound_down_delay_ms is not None:
             delays = f"{row.sound_up_delay_ms:g} ms up, {row.sound_down_delay_ms:g} ms down"
             console.print(f"{row.subject}, {row.calls} calls: filters, {delays}; likeness {row.correlation:.3f}", style="dim")
-        for why in {each.partition(":")[0]: each for each in row.trouble}.values():
+        for why in row.trouble:
             console.print(escape(f"{row.subject}, {row.calls} calls: {why}"), style="yellow")
 
 

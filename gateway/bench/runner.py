@@ -105,6 +105,7 @@ def _generate(load: Load, running: Running, tell: Tell) -> Measured:
     finally:
         process.kill()
         process.wait()
+        process.stdout.close()
 
 
 def _doubts(measured: Measured, subject: Subject) -> Iterator[str]:
@@ -205,7 +206,7 @@ def summarize(rounds: Sequence[Round]) -> Summary:
         generator_cpu=median(each.own_cpu_secs / each.seconds for each in measured),
         generator_late_p99_ms=median(each.lateness.p99 for each in measured),
         foreign_cpu=median(each.foreign_cpu_secs / each.seconds for each in measured),
-        trouble=sorted({why for each in rounds for why in each.trouble}),
+        trouble=[*{why.partition(":")[0]: why for each in rounds for why in each.trouble}.values()],
     )
 
 
