@@ -178,6 +178,7 @@ class Admin:
             found.append(("full", f"{admission.calls} of {limit} calls (max_calls)"))
         if self._watchdog.overloaded():
             found.append(("loop_lag", f"the event loop is late, lately by up to {self._watchdog.worst() * 1000:.0f} ms"))
+        found += self._watchdog.meter.over(self._settings)
         return [{"reason": reason, "detail": detail} for reason, detail in found]
 
     # --- who may ask ---

@@ -97,6 +97,9 @@ GAUGES = {
     "telephony_listener_lag_max_seconds": Family("Audio that waits for a listener, on the call where it is most", ("service",)),
     "telephony_playout_queued_seconds": Family("Audio that waits to be played, over all calls", ("provider",)),
     "telephony_playout_queued_max_seconds": Family("The same, of the call that has most", ("provider",)),
+    "telephony_load_ratio": Family(
+        "Used of what there is: cpu (by this process, of one processor), host_cpu, memory (of the limit)", ("resource",)
+    ),
     "telephony_draining": Family("1 while the process ends its calls and takes no new ones"),
     "telephony_tls_expiry_timestamp_seconds": Family("When our own certificate expires, in seconds since 1970"),
     "telephony_event_loop_lag_worst_seconds": Family("The event loop's greatest lag within ten seconds"),
@@ -283,6 +286,8 @@ class Metrics(Collector):
         sums.raise_("telephony_connections_pending", by=standing.pending)
         sums.raise_("telephony_draining", by=standing.draining)
         sums.raise_("telephony_event_loop_lag_worst_seconds", by=watchdog.worst())
+        for which, share in watchdog.meter.used.items():
+            sums.raise_("telephony_load_ratio", which, by=share)
         if standing.tls_not_after is not None:
             sums.raise_("telephony_tls_expiry_timestamp_seconds", by=standing.tls_not_after)
         for name, family in COUNTERS.items():

@@ -284,7 +284,7 @@ class Server:
         )
         label = route.label if route is not None else ""
         try:
-            reason = "draining" if self.hooks.draining else "loop_lag" if self.watchdog.overloaded() else None
+            reason = self._closed_for()
             if reason is not None and (name, call.call_id) not in self.house.conversations:
                 rules.house.door.remarks.tell("call_refused", self._now(), provider=name, reason=reason)
                 raise Refused(503, reason)
@@ -302,6 +302,14 @@ class Server:
         )
         self._log.info("call_answered", provider=name, call_id=call.call_id, caller=call.caller, called=call.called, route=label)
         return _xml(answer)
+
+    def _closed_for(self) -> str | None:
+        """Why no new calls are taken at the moment, whatever their number; a metric label."""
+        if self.hooks.draining:
+            return "draining"
+        if self.watchdog.overloaded():
+            return "loop_lag"
+        return next((which for which, _ in self.watchdog.meter.over(self.settings)), None)
 
     def _chosen(self, request: web.Request, rules: Rules) -> Route | None:
         """The route that is written into the answer URL of a call we placed, if it is there and takes this provider's calls."""

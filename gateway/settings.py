@@ -288,6 +288,10 @@ class Settings(Struct, frozen=True):
     max_calls: calls at once in each process; further ones are refused.
     max_calls_per_second: new calls a second in each process, as many at once.
     max_pending_per_address: connections of one address that have not sent their start frame.
+    max_cpu_percent: of one processor that this process may use, in the mean of 5 s, before new calls are refused; 100: all.
+    max_host_cpu_percent: the same of all processors, or of the control group's quota, whoever uses them; 100: all.
+    max_memory_percent: of the control group's memory limit, else of the host's memory, likewise; 100: all.
+    max_egress_mbit: megabits a second that may leave the host before new calls are refused; default none, any number.
     start_timeout_secs: how long a stream may take to send its start frame.
     capacity_ms: audio that may wait to be played to one caller.
     hold_ms: the caller's first words that are kept while the service is being dialled.
@@ -310,6 +314,10 @@ class Settings(Struct, frozen=True):
     max_calls: Annotated[int, Meta(ge=1, le=100_000)] = 500
     max_calls_per_second: Annotated[float, Meta(gt=0, le=100_000)] = 50.0
     max_pending_per_address: Annotated[int, Meta(ge=1, le=100_000)] = 50
+    max_cpu_percent: Annotated[int, Meta(ge=1, le=100)] = 95
+    max_host_cpu_percent: Annotated[int, Meta(ge=1, le=100)] = 100
+    max_memory_percent: Annotated[int, Meta(ge=1, le=100)] = 85
+    max_egress_mbit: Annotated[float, Meta(gt=0)] | None = None
     start_timeout_secs: Annotated[float, Meta(gt=0, le=60)] = 5.0
     capacity_ms: Annotated[int, Meta(ge=1_000, le=3_600_000)] = 120_000
     hold_ms: Annotated[int, Meta(ge=0, le=60_000)] = 5_000

@@ -1,4 +1,5 @@
-"""Is the event loop on time? A timer in the loop measures how late it is; a thread beside it says what it is blocked by."""
+"""Is the event loop on time, and is there room for more? A timer in the loop measures how late it is; a thread beside it says
+what it is blocked by, and looks once a second at what is used of the host."""
 
 from __future__ import annotations
 
@@ -7,12 +8,13 @@ import sys
 import threading
 from collections import deque
 from math import ceil
-from time import monotonic
+from time import monotonic, process_time
 from types import FrameType
 
 from structlog.typing import FilteringBoundLogger
 
 from gateway.buckets import Buckets
+from gateway.host import LOOK_SECS, Meter
 
 TICK_SECS = 0.05
 BLOCKED_SECS = 0.1
@@ -39,6 +41,7 @@ class Watchdog:
         """How late the loop was, twenty times a second."""
         self.blocked = 0
         """How often it was late by more than BLOCKED_SECS."""
+        self.meter = Meter()
         self._log = log
         self._recent: deque[tuple[float, float]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -108,8 +111,12 @@ class Watchdog:
     # --- in the thread ---
 
     def _watch(self) -> None:
+        looked_at = float("-inf")
         while not self._done.wait(TICK_SECS / 2):
             now, due = monotonic(), self._due
+            if now - looked_at >= LOOK_SECS:
+                looked_at = now
+                self.meter.look(now, process_time())
             if now - due > BLOCKED_SECS and self._reported != due:
                 stack = _stack(sys._current_frames().get(self._watched))
                 if self._due == due:  # else it is the stack of something else by now
