@@ -41,7 +41,7 @@ LARGEST_FRAME = 64 * 1024
 """Bytes of one frame or webhook body from a carrier; the largest legitimate frame is a start with many parameters."""
 
 HEARTBEAT_SECS = 10.0
-SLOW_HEADER_SECS = 4.0  # after the first bytes
+SLOW_HEADER_SECS = 3.5  # after the first bytes
 HANDSHAKE_SECS = 5.0
 BODY_SECS = 5.0
 """A webhook's body must be there by then."""
@@ -396,13 +396,15 @@ class Server:
         return socket
 
     def _admits(self, visitor: Visitor) -> bool:
-        """Whether a stream's token and signature are good. Of a provider that is not there, the HTTP server says so."""
-        name, now = visitor.provider, self._now()
+        """Whether a token and a signature are good. Of a provider that is not there, the HTTP server says so."""
+        name, now, rules = visitor.provider, self._now(), self._rules
         if name not in self.providers:
             return True
         try:
-            rules, _ = self._ticket(name, self._rules, visitor.token, now)
-            request = SignedRequest("GET", self.settings.base_url(self.port) + visitor.path, visitor.headers)
+            if visitor.token is not None:
+                rules, _ = self._ticket(name, rules, visitor.token, now)
+            url = self.settings.base_url(self.port) + visitor.path
+            request = SignedRequest(visitor.method, url, visitor.headers, visitor.body)
             rules.house.door.authenticate(name, request, now)
         except Refused as refused:
             self.house.totals.refuse(name, refused.reason)

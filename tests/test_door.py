@@ -6,6 +6,8 @@ import asyncio
 import json
 import re
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from gateway.door import Door, Refused, Remarks
 from gateway.errors import MalformedFrame
 from gateway.events import Start
 from gateway.media import MULAW_8K
-from gateway.porter import Porters, Visitor
+from gateway.porter import Porters, Sight, Visitor
 from gateway.provider import Call, SignedRequest
 from gateway.tokens import Ticket
 from tests.test_doctor import document
@@ -127,78 +129,162 @@ def test_remarks_are_one_line_a_second_and_count_the_rest() -> None:
 
 
 HEAD = b"GET /twilio/stream/abc HTTP/1.1\r\nHost: x\r\nUpgrade: WebSocket\r\nX-Sig:  a b \r\n\r\n"
+POST = b"POST /twilio/answer?x=1 HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\na=b"
 
 
 def test_the_porter_reads_a_plain_upgrade() -> None:
     headers = {"host": "x", "upgrade": "WebSocket", "x-sig": "a b"}
-    assert Visitor("twilio", "abc", "/twilio/stream/abc", headers) == porter._visitor(HEAD)
-    assert Visitor("twilio", "abc", "/twilio/stream/abc", headers) == porter._visitor(HEAD + b"more")
+    visitor = Visitor("twilio", "abc", "GET", "/twilio/stream/abc", headers)
+    assert visitor == porter._read(HEAD)
+    assert visitor == porter._read(HEAD + b"more")
+
+
+def test_the_porter_reads_a_plain_webhook() -> None:
+    headers = {"host": "x", "content-length": "3"}
+    assert Visitor("twilio", None, "POST", "/twilio/answer?x=1", headers, b"a=b") == porter._read(POST)
+    bare = b"GET /twilio/action HTTP/1.1\r\nHost: x\r\n\r\n"
+    assert Visitor("twilio", None, "GET", "/twilio/action", {"host": "x"}) == porter._read(bare)
+
+
+@pytest.mark.parametrize("whole", [HEAD, POST])
+def test_the_porter_waits_for_the_rest(whole: bytes) -> None:
+    assert {Sight.PIECE} == {porter._read(whole[:cut]) for cut in range(len(whole))}
 
 
 @pytest.mark.parametrize(
-    "data",
-    [
-        HEAD[:-2],
-        HEAD.replace(b"GET", b"POST"),
-        HEAD.replace(b"GET", b"get"),
-        HEAD.replace(b"abc", b"a%20c"),
-        HEAD.replace(b"abc", b"abc?x=1"),
-        HEAD.replace(b"abc", b"abc/"),
-        HEAD.replace(b"HTTP/1.1", b"HTTP/1.0"),
-        HEAD.replace(b"WebSocket", b"h2c"),
-        HEAD.replace(b"X-Sig", b"X Sig"),
-        HEAD.replace(b"X-Sig", b"Host"),
-        HEAD.replace(b"X-Sig", b" X-Sig"),
-        HEAD.replace(b"a b", b"a\xe9b"),
-        HEAD.replace(b"a b", b"a\x00b"),
-        HEAD.replace(b"\r\n", b"\n"),
-        b"",
-        b"\x16\x03\x01",
-    ],
-)
+    "path",
+    [b"/", b"/x", b"/wp-login.php?a=b", b"/twilio/answers", b"/twilio/answer/", b"/twilio/answer/x", b"/twilio/stream/",
+     b"/twilio/stream/a/b", b"//twilio/answer", b"/twilio/Stream/abc", b"/answer"],
+)  # fmt: skip
+def test_the_porter_knows_which_paths_lead_nowhere(path: bytes) -> None:
+    for line in (HEAD, POST):
+        method, _, rest = line.split(b" ", 2)
+        assert Sight.NOWHERE is porter._read(b" ".join([method, path, rest]))
+
+
+UNCLEAR = [
+    HEAD.replace(b"GET", b"POST"),
+    HEAD.replace(b"GET", b"get"),
+    HEAD.replace(b"abc", b"a%20c"),
+    HEAD.replace(b"abc", b"abc?x=1"),
+    HEAD.replace(b"/abc", b""),
+    HEAD.replace(b"HTTP/1.1", b"HTTP/1.0"),
+    HEAD.replace(b"WebSocket", b"h2c"),
+    HEAD.replace(b"X-Sig", b"X Sig"),
+    HEAD.replace(b"X-Sig", b"Host"),
+    HEAD.replace(b"X-Sig", b" X-Sig"),
+    HEAD.replace(b"a b", b"a\xe9b"),
+    HEAD.replace(b"a b", b"a\x00b"),
+    HEAD.replace(b"\r\n", b"\n"),
+    HEAD.replace(b"twilio", b"tw.lio"),
+    HEAD.replace(b"GET /", b"GET http://x/"),
+    HEAD.replace(b"X-Sig", b"Expect"),
+    POST.replace(b"answer", b"%61nswer"),
+    POST.replace(b": 3", b": 2"),
+    POST.replace(b": 3", b": +3"),
+    POST.replace(b": 3", b": 3\r\nTransfer-Encoding: chunked"),
+    POST.replace(b": 3", b": 3\r\nContent-Length: 3"),
+    POST.replace(b": 3", b": 300\r\nExpect: 100-continue"),
+    POST.replace(b": 3", b": 3\r\nUpgrade: websocket"),
+    POST.replace(b": 3", b": 65537"),
+    POST.replace(b"POST", b"PUT"),
+    b"GET /twilio/stream\r\n\r\n",
+    b"rubbish\r\nand more",
+    b"\x16\x03\x01\xfc",
+]
+
+
+@pytest.mark.parametrize("data", UNCLEAR)
 def test_the_porter_leaves_to_the_server_what_is_not_plain(data: bytes) -> None:
-    assert porter._visitor(data) is None
+    assert Sight.UNCLEAR is porter._read(data)
 
 
-async def test_the_porter_hands_on_every_byte_and_ends_what_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Behind(asyncio.Protocol):
-        got = b""
+class Behind(asyncio.Protocol):
+    """In the HTTP server's place: says what it hears in capitals."""
 
-        def connection_made(self, transport: Any) -> None:
-            self.transport = transport
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
 
-        def data_received(self, data: bytes) -> None:
-            Behind.got += data
-            self.transport.write(data.upper())
+    def data_received(self, data: bytes) -> None:
+        self.transport.write(data.upper())
 
-    monkeypatch.setattr(porter, "FIRST_BYTES_SECS", 0.2)
+
+@asynccontextmanager
+async def porters(*, admits: bool) -> AsyncIterator[tuple[Porters, list[Visitor], Any]]:
+    """(the porters, whom they asked for, how to connect)."""
     asked: list[Visitor] = []
-    porters = Porters(Behind, lambda visitor: bool(asked.append(visitor)))
-    listener = await asyncio.get_running_loop().create_server(porters, "127.0.0.1", 0)
-    port = listener.sockets[0].getsockname()[1]
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    for piece in (b"hel", b"lo"):
-        writer.write(piece)
-        assert piece.upper() == await reader.readexactly(len(piece))
-    writer.close()
-    assert b"hello" == Behind.got
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(HEAD)
-    assert (await reader.read()).startswith(b"HTTP/1.1 403 Forbidden\r\n")
-    writer.close()
-    assert ["abc"] == [visitor.token for visitor in asked]
-    silent, writer = await asyncio.open_connection("127.0.0.1", port)
-    async with asyncio.timeout(2):
-        assert b"" == await silent.read()
-    writer.close()
-    _, writer = await asyncio.open_connection("127.0.0.1", port)
-    await asyncio.sleep(0.05)
-    assert 1 == len(porters.waiting)
-    porters.close()
-    await asyncio.sleep(0.05)
-    assert not porters.waiting
-    writer.close()
-    listener.close()
+    made = Porters(Behind, lambda visitor: (asked.append(visitor), admits)[1])
+    listener = await asyncio.get_running_loop().create_server(made, "127.0.0.1", 0)
+    writers: list[asyncio.StreamWriter] = []
+
+    async def connect(*pieces: bytes) -> asyncio.StreamReader:
+        reader, writer = await asyncio.open_connection("127.0.0.1", listener.sockets[0].getsockname()[1])
+        writers.append(writer)
+        for piece in pieces:
+            writer.write(piece)
+            await asyncio.sleep(0.02)
+        return reader
+
+    try:
+        yield made, asked, connect
+    finally:
+        for writer in writers:
+            writer.transport.abort()
+        made.close()
+        listener.close()
+
+
+@pytest.mark.parametrize("whole", [HEAD, POST])
+async def test_the_porter_puts_pieces_together_and_hands_on_every_byte(whole: bytes) -> None:
+    async with porters(admits=True) as (made, asked, connect):
+        for cut in (1, 20, len(whole) - 1):
+            reader = await connect(whole[:cut], whole[cut:], b"more")
+            assert (whole + b"more").upper() == await reader.readexactly(len(whole) + 4)
+        assert not made.waiting
+    assert 3 == len(asked)
+    assert {len(asked[0].body)} == {len(visitor.body) for visitor in asked}
+
+
+@pytest.mark.parametrize("whole", [HEAD, POST])
+async def test_the_porter_refuses_whatever_comes_in_pieces(whole: bytes) -> None:
+    async with porters(admits=False) as (_, asked, connect):
+        for pieces in ([whole], [whole[:9], whole[9:50], whole[50:]]):
+            reader = await connect(*pieces)
+            assert (await reader.read()).startswith(b"HTTP/1.1 403 Forbidden\r\n")
+        assert 2 == len(asked)
+        reader = await connect(b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 404 Not Found\r\n")
+        assert 2 == len(asked)
+
+
+async def test_the_porter_has_patience_for_so_many_pieces_bytes_and_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(porter, "FIRST_BYTES_SECS", 0.3)
+    async with porters(admits=False) as (made, asked, connect):
+        reader = await connect(*[b"G"] * porter._MOST_PIECES)
+        assert b"G" * porter._MOST_PIECES == await reader.readexactly(porter._MOST_PIECES)
+        long = b"GET /twilio/stream/abc HTTP/1.1\r\nX: " + b"Y" * porter._MOST_HELD_BYTES
+        reader = await connect(long)
+        assert long.upper() == await reader.readexactly(len(long))
+        reader = await connect(HEAD[:40])
+        assert 1 == len(made.waiting)
+        async with asyncio.timeout(2):
+            assert HEAD[:40].upper() == await reader.readexactly(40)
+            silent = await connect()
+            assert b"" == await silent.read()
+        assert not made.waiting
+    assert not asked
+
+
+async def test_of_more_than_so_many_who_say_nothing_the_oldest_has_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(porter, "MOST_WAITING", 3)
+    async with porters(admits=True) as (made, _, connect):
+        silent = [await connect() for _ in range(3)]
+        late = await connect(HEAD)
+        assert HEAD.upper() == await late.readexactly(len(HEAD))
+        assert b"" == await silent[0].read()
+        assert 2 == len(made.waiting)
+        made.close()
+        assert [b"", b""] == [await reader.read() for reader in silent[1:]]
 
 
 def test_the_readmes_configuration_would_start(tmp_path: Path) -> None:

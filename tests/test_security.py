@@ -703,14 +703,17 @@ BAD_UPGRADE = (
 )
 
 
-async def flood(server: Server, number: int) -> int:
-    """So many refused upgrades. Returns how many were answered with 403."""
+BAD_WEBHOOK = b"POST /twilio/answer HTTP/1.1\r\nHost: voice.example.com\r\nX-Twilio-Signature: AAAA\r\nContent-Length: 11\r\n\r\nCallSid=CA1"
+
+
+async def flood(server: Server, number: int, *pieces: bytes) -> int:
+    """So many refused upgrades, or what else there is. Returns how many were answered with 403."""
     answered = 0
 
     async def some(share: int) -> None:
         nonlocal answered
         for _ in range(share):
-            answer = await raw(server, BAD_UPGRADE)
+            answer = await raw(server, *(pieces or [BAD_UPGRADE]))
             answered += answer.startswith(b"HTTP/1.1 403 ")
 
     async with asyncio.TaskGroup() as tasks:
@@ -719,19 +722,31 @@ async def flood(server: Server, number: int) -> int:
     return answered
 
 
-async def test_t3_a_flood_of_bad_upgrades_leaves_a_call_bit_exact_and_the_log_short(guarded: Any, log: list[Any]) -> None:
+@pytest.mark.parametrize(
+    ("pieces", "told", "reason"),
+    [
+        ([BAD_UPGRADE], "token_refused", "token"),
+        ([BAD_UPGRADE[:30], BAD_UPGRADE[30:]], "token_refused", "token"),
+        ([BAD_WEBHOOK], "signature_refused", "signature"),
+        ([BAD_WEBHOOK[:-5], BAD_WEBHOOK[-5:]], "signature_refused", "signature"),
+    ],
+)
+async def test_t3_a_flood_leaves_a_call_bit_exact_and_the_log_short(
+    guarded: Any, log: list[Any], pieces: list[bytes], told: str, reason: str
+) -> None:
     server = await guarded()
     async with talking(server, "twilio", await stream_url(server, "twilio", "CA1"), "CA1") as call:
         async with asyncio.TaskGroup() as tasks:
-            flooding = tasks.create_task(flood(server, 500))
+            flooding = tasks.create_task(flood(server, 500, *pieces))
             tasks.create_task(call.speak(MULAW[:8000]))
         await until(lambda: len(played(call)) >= 8000)
         await call.hangup()
     assert 500 == flooding.result()
     assert MULAW[:8000] == played(call)
-    told = [entry for entry in log if entry["event"] == "token_refused"]
-    assert 1 <= len(told) <= 5
-    assert 0 == server.house.door.admission.pending
+    lines = [entry for entry in log if entry["event"] == told]
+    assert 1 <= len(lines) <= 10
+    assert 500 == server.house.totals.sums.counts["telephony_auth_failures"]["twilio", reason]
+    assert (0, 0) == (server.house.door.admission.pending, server.house.door.admission.calls)
 
 
 @pytest.mark.long

@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -55,23 +57,53 @@ def document(port: int) -> dict[str, Any]:
     }
 
 
+CUT_SECS = 0.005
+"""Between the two pieces of a request that is cut in two."""
+
+
+def bad_request(kind: str, name: str = "twilio") -> list[bytes]:
+    """One that is refused, in the pieces in which it is sent: an upgrade by its `token`, or, with a good one, by its `signature`;
+    a `webhook` by its signature; `nowhere`, by its path. `cut …` is the same in two pieces."""
+    if kind.startswith("cut "):
+        (whole,) = bad_request(kind.removeprefix("cut "), name)
+        half = whole.index(b"\r\n\r\n") + 4 if whole.startswith(b"POST") else len(whole) // 2
+        return [whole[:half], whole[half:]]
+    if kind == "nowhere":
+        return [b"GET /wp-login.php HTTP/1.1\r\nHost: voice.example.com\r\nUser-Agent: x\r\nAccept: */*\r\n\r\n"]
+    if kind == "webhook":
+        form = {"CallSid": f"CA{0:032}", "AccountSid": f"AC{0:032}", "From": "+14155550100", "To": "+14155550101",
+                "Direction": "inbound", "CallStatus": "ringing", "FromCity": "SAN FRANCISCO"}  # fmt: skip
+        body = urlencode(form)
+        return [
+            f"POST /{name}/answer HTTP/1.1\r\nHost: voice.example.com\r\nUser-Agent: TwilioProxy/1.1\r\n"
+            f"Content-Type: application/x-www-form-urlencoded; charset=UTF-8\r\nContent-Length: {len(body)}\r\n"
+            f"{signature_headers(name)}\r\n{body}".encode()
+        ]
+    return [bad_upgrade(kind, name)]
+
+
+def signature_headers(name: str) -> str:
+    names = ("X-Twilio-Signature",) if name == "twilio" else ("X-Plivo-Signature-V3", "X-Plivo-Signature-Ma-V3")
+    return "".join(f"{header}: {'A' * 27}=\r\n" for header in names) + "X-Plivo-Signature-V3-Nonce: 1234567890\r\n"
+
+
 def bad_upgrade(kind: str, name: str = "twilio") -> bytes:
     """One that is refused: by its token, or, with a good one, by its signature."""
     token = "A" * 120
     if kind == "signature":
         token = Tokens(SECRET).mint(name, "CA" + "0" * 32, "route-0", now=time.time(), nonce=os.urandom(16))
-    names = ("X-Twilio-Signature",) if name == "twilio" else ("X-Plivo-Signature-V3", "X-Plivo-Signature-Ma-V3")
-    signature = "".join(f"{header}: {'A' * 27}=\r\n" for header in names) + "X-Plivo-Signature-V3-Nonce: 1234567890\r\n"
     return (
         f"GET /{name}/stream/{token} HTTP/1.1\r\nHost: voice.example.com\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-        f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {'A' * 22}==\r\nUser-Agent: Twilio.TmeWs/1.0\r\n{signature}\r\n"
+        f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {'A' * 22}==\r\nUser-Agent: Twilio.TmeWs/1.0\r\n"
+        f"{signature_headers(name)}\r\n"
     ).encode()
 
 
 def flood(port: int, kind: str, name: str, rate: float, seconds: float) -> dict[str, float]:
-    """Bad upgrades, each on a connection of its own, `rate` a second (0: as many as go). What was refused, and how fast."""
-    request = bad_upgrade(kind, name)
+    """Bad requests, each on a connection of its own, `rate` a second (0: as many as go). What was refused, and how fast."""
+    first, *rest = bad_request(kind, name)
     poll, open_, sent, refused, other = select.epoll(), {}, 0, 0, 0
+    later: deque[tuple[float, socket.socket]] = deque()
     began = time.perf_counter()
     while True:
         now = time.perf_counter() - began
@@ -79,6 +111,7 @@ def flood(port: int, kind: str, name: str, rate: float, seconds: float) -> dict[
         if due:
             made = socket.socket()
             made.setblocking(False)
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             made.connect_ex(("127.0.0.1", port))
             poll.register(made, select.EPOLLOUT)
             open_[made.fileno()] = made
@@ -87,17 +120,23 @@ def flood(port: int, kind: str, name: str, rate: float, seconds: float) -> dict[
                 continue
         elif now >= seconds and not open_:
             break
+        while later and later[0][0] < now:
+            _, made = later.popleft()
+            with suppress(OSError):  # it may be closed already
+                made.send(rest[0])
         for number, events in poll.poll(0.001 if not due else 0):
             made = open_[number]
             if events & select.EPOLLOUT:
-                made.send(request)
+                made.send(first)
+                if rest:
+                    later.append((now + CUT_SECS, made))
                 poll.modify(number, select.EPOLLIN)
                 continue
             try:
                 answer = made.recv(4096)
             except ConnectionError:
                 answer = b""
-            if answer.startswith(b"HTTP/1.1 403 "):
+            if answer.startswith((b"HTTP/1.1 403 ", b"HTTP/1.1 404 ")):
                 refused += 1
             else:
                 other += 1
@@ -208,6 +247,11 @@ def measure(seconds: float, rate: float) -> dict[str, Any]:
                 ("bad token", "token", "twilio"),
                 ("bad signature, Twilio", "signature", "twilio"),
                 ("bad signature, Plivo", "signature", "plivo"),
+                ("bad token, cut in two", "cut token", "twilio"),
+                ("bad webhook, Twilio", "webhook", "twilio"),
+                ("bad webhook, Plivo", "webhook", "plivo"),
+                ("bad webhook, cut in two", "cut webhook", "twilio"),
+                ("no such path", "nowhere", "twilio"),
             ):
                 before = cpu_secs(gateway.pid)
                 result = finished(child(port, kind, name, 0, seconds))
@@ -255,7 +299,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(found))
         return
-    print(f"{'refused upgrade':<24}{'CPU µs':>8}{'own':>7}{'kernel':>8}{'a second':>10}   bar {BAR_US:g} µs")
+    print(f"{'refused':<24}{'CPU µs':>8}{'own':>7}{'kernel':>8}{'a second':>10}   bar {BAR_US:g} µs")
     for label, row in found["refusals"].items():
         print(f"{label:<24}{row['cpu_us']:>8.0f}{row['own_us']:>7.0f}{row['kernel_us']:>8.0f}{row['per_second']:>10.0f}")
     for label in ("quiet", "flooded"):
