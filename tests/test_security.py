@@ -703,7 +703,10 @@ BAD_UPGRADE = (
 )
 
 
-BAD_WEBHOOK = b"POST /twilio/answer HTTP/1.1\r\nHost: voice.example.com\r\nX-Twilio-Signature: AAAA\r\nContent-Length: 11\r\n\r\nCallSid=CA1"
+BAD_WEBHOOK = (
+    b"POST /twilio/answer HTTP/1.1\r\nHost: voice.example.com\r\nX-Twilio-Signature: AAAA\r\nContent-Length: 11\r\n\r\n"
+    b"CallSid=CA1"
+)
 
 
 async def flood(server: Server, number: int, *pieces: bytes) -> int:
