@@ -112,7 +112,7 @@ class Channel:
     """The events of one stream, fanned out."""
 
     def __init__(self, session_id: str, watchers: list[Watcher]) -> None:
-        self._session_id = session_id
+        self.session_id = session_id
         self._watchers = watchers
         self._subscriptions: list[Subscription] = []
 
@@ -122,7 +122,7 @@ class Channel:
             subscription.offer(event)
         if type(event) is not Audio:
             for watcher in self._watchers:
-                watcher(self._session_id, event)
+                watcher(self.session_id, event)
 
     def subscribe(self, subscription: Subscription) -> None:
         self._subscriptions.append(subscription)

@@ -62,9 +62,9 @@ class Door:
         self._providers = providers
         self._log = log
         # Without a secret only loopback is served, and a restart may well forget the streams it has named.
-        secret = settings.secret or secrets.token_hex(32)
-        self._tokens = Tokens(secret)
-        self._ledger: Book = ledger if ledger is not None else Ledger(secret)
+        self.secret = settings.secret or secrets.token_hex(32)
+        self._tokens = Tokens(self.secret)
+        self._ledger: Book = ledger if ledger is not None else Ledger(self.secret)
         self._trusted = networks(settings.trusted_proxies)
         self.admission = Admission(settings.max_calls, settings.max_calls_per_second, settings.max_pending_per_address)
         self.remarks = remarks or Remarks(log.warning)

@@ -18,8 +18,8 @@ LOOK_SECS = 1.0
 MEAN_SECS = 5.0
 """Processor time and bandwidth are means of so long: a burst refuses nobody."""
 
-CALL_FDS = 2
-"""A call's: the carrier's socket and the service's."""
+CALL_FDS = 3
+"""A call's: the carrier's socket, the service's, and what it would leave behind."""
 
 OTHER_FDS = 100
 """Listeners, logs, name servers, operators, handshakes that come to nothing."""
@@ -36,7 +36,7 @@ def raise_fd_limit(max_calls: int, log: FilteringBoundLogger) -> int:
             log.warning("fd_limit_not_raised", limit=soft, problem=str(error))
     needed = max_calls * CALL_FDS + max_calls * CALL_FDS // 10 + OTHER_FDS
     if soft != resource.RLIM_INFINITY and soft < needed:
-        hint = f"raise the limit (ulimit -n, LimitNOFILE=), or lower max_calls to {max(1, (soft - OTHER_FDS) * 10 // 22)}"
+        hint = f"raise the limit (ulimit -n, LimitNOFILE=), or lower max_calls to {max(1, (soft - OTHER_FDS) * 10 // 33)}"
         log.warning("fd_limit_low", limit=soft, needed=needed, max_calls=max_calls, hint=hint)
     return soft
 

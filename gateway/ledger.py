@@ -29,7 +29,7 @@ _SHARD_BYTES = 64 * 1024  # of one of 256 files of notes: 800,000 notes in ten m
 NOTE_BYTES = 13
 _NAME_BYTES = 8
 _LINE_BYTES = _NAME_BYTES + NOTE_BYTES
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 — everybody may write there, which is why `_opened` looks twice
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 — everybody may write there, which is why `opened` looks twice
 
 
 class Book(Protocol):
@@ -68,7 +68,7 @@ class Ledger:
         master = secret.encode("utf-8", "surrogatepass")
         self._key = hmac.digest(master, b"telephony-gateway: used nonces, version 1", hashlib.sha256)
         place = hmac.digest(self._key, b"directory", hashlib.sha256)[:8].hex()
-        base = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+        base = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
         self.directory = directory or base / f"telephony-gateway-{os.geteuid()}-{place}"
         self.problem = ""
         self._capacity = capacity
@@ -168,7 +168,7 @@ class Ledger:
 
     def _open(self) -> None:
         self.close()
-        self._descriptor = _opened(self.directory)
+        self._descriptor = opened(self.directory)
 
     def _create(self, bucket: str, name: str) -> bool:
         try:
@@ -254,7 +254,7 @@ def _is_dead(bucket: int, now: float) -> bool:
     return (bucket + 1) * _BUCKET_SECS + KEEP_SECS + _MARGIN_SECS < now
 
 
-def _opened(directory: Path) -> int:
+def opened(directory: Path) -> int:
     """A descriptor of `directory`, made if need be. Raises OSError if others could plant or remove entries in it."""
     with contextlib.suppress(FileExistsError):
         directory.mkdir(0o700)

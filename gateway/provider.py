@@ -245,12 +245,19 @@ class Provider(Protocol):
         ...
 
     def answer(
-        self, request: SignedRequest, stream_url: str, *, action_url: str | None = None, status_url: str | None = None
+        self,
+        request: SignedRequest,
+        stream_url: str,
+        *,
+        action_url: str | None = None,
+        status_url: str | None = None,
+        resumed: bool = False,
     ) -> Answer:
         """What to do with the call of this webhook: the XML that makes the carrier dial `stream_url` (`wss://…`).
 
         `action_url` is asked once a conversation's stream has ended (answer it with `after`); without it, the configured
-        elements are in this answer already. `status_url` is told of the stream, where the carrier does such a thing.
+        elements are in this answer already. `status_url` is told of the stream, where the carrier does such a thing. `resumed`:
+        the call has had a stream, which was lost, and is not to notice: nobody is greeted again.
         Raises MalformedFrame when the request names no call.
         """
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from gateway.door import Door, Refused, Remarks
 from gateway.errors import MalformedFrame
 from gateway.events import StopReason
 from gateway.figures import Figures
+from gateway.journal import Journal, State
 from gateway.metrics import Metrics, Standing, Totals
 from gateway.porter import Porters, Visitor
 from gateway.provider import Answer, Call, Provider, SignedRequest
@@ -106,16 +108,18 @@ class Server:
             self._certificate = Certificate(self.settings.tls, self._log)
         tracer = open_tracer(self.settings.tracing)
         remarks, totals = Remarks(self._log.warning), Totals()
+        door = Door(self.settings, self.providers, self._log, remarks)
         self.house = House(
             settings=self.settings,
             bus=self.bus,
             clock=Clock(loop),
             dialler=Dialler(f"telephony-audio-gateway/{__version__}"),
             listening=Dialler(f"telephony-audio-gateway/{__version__}"),
-            door=Door(self.settings, self.providers, self._log, remarks),
+            door=door,
             control=CallControl(f"telephony-audio-gateway/{__version__}", totals.asked),
             providers=self.providers,
             tracer=tracer,
+            journal=Journal(door.secret),
             totals=totals,
             dialects=self._dialects,
         )
@@ -123,6 +127,7 @@ class Server:
         for method in ("GET", "POST"):
             app.router.add_route(method, "/{provider}/answer", self._answer)
             app.router.add_route(method, "/{provider}/action", self._action)
+            app.router.add_route(method, "/{provider}/action/{stream}", self._action)
             app.router.add_route(method, "/{provider}/status", self._status)
             app.router.add_route(method, "/{provider}/document/{sealed}", self._document)
         app.router.add_route("GET", "/{provider}/stream", self._stream)
@@ -237,6 +242,7 @@ class Server:
         if self.house.tracer is not None:
             await self.house.tracer.close()
         self.house.door.close()
+        self.house.journal.close()
         if self.admin is not None:  # last: an end can be watched
             await self.admin.stop()
         self.watchdog.stop()
@@ -293,15 +299,24 @@ class Server:
             self.house.totals.refuse(name, refused.reason)
             return _xml(provider.overflow())
         rules.house.door.answered(name, signed, call)
+        answer = self._connect(rules, provider, name, signed, call, token)
+        self._log.info("call_answered", provider=name, call_id=call.call_id, caller=call.caller, called=call.called, route=label)
+        return _xml(answer)
+
+    def _connect(
+        self, rules: Rules, provider: Provider, name: str, signed: SignedRequest, call: Call, token: str, *, resumed: bool = False
+    ) -> Answer:
+        """The answer that has the carrier connect a stream with this token."""
         self._remember(name, call.call_id, rules)
         scheme, _, rest = self.settings.base_url(self.port).partition("://")
         base = f"{rest}/{name}"
-        stream_url = f"{'wss' if scheme == 'https' else 'ws'}://{base}/stream/{token}"
-        answer = provider.answer(
-            signed, stream_url, action_url=f"{scheme}://{base}/action", status_url=f"{scheme}://{base}/status"
+        return provider.answer(
+            signed,
+            f"{'wss' if scheme == 'https' else 'ws'}://{base}/stream/{token}",
+            action_url=f"{scheme}://{base}/action/{secrets.token_hex(4)}",  # what is asked after one stream is asked once
+            status_url=f"{scheme}://{base}/status",
+            resumed=resumed,
         )
-        self._log.info("call_answered", provider=name, call_id=call.call_id, caller=call.caller, called=call.called, route=label)
-        return _xml(answer)
 
     def _closed_for(self) -> str | None:
         """Why no new calls are taken at the moment, whatever their number; a metric label."""
@@ -318,10 +333,21 @@ class Server:
         return route if route is not None and route.provider in (None, request.match_info["provider"]) else None
 
     async def _action(self, request: web.Request) -> web.Response:
-        """The carrier asks what comes after a stream."""
+        """The carrier asks what comes after a stream: another one, if that was not meant to end."""
         rules, provider, signed, call = await self._webhook(request)
         name = request.match_info["provider"]
-        answer = provider.gone(signed) if (name, call.call_id) in self.house.service_lost else provider.after(signed)
+        key, house = (name, call.call_id), self.house
+        label = house.journal.attempt(*key)
+        if label is not None:
+            try:
+                token = rules.house.door.announce(name, call, label, self._now())
+            except Refused as refused:
+                house.totals.refuse(name, refused.reason)
+            else:
+                self._log.info("call_asked_back", provider=name, call_id=call.call_id, route=label)
+                return _xml(self._connect(rules, provider, name, signed, call, token, resumed=True))
+        lost = key in house.service_lost or house.journal.ask(*key) is State.LOST
+        answer = provider.gone(signed) if lost else provider.after(signed)
         if answer.ends_call:
             rules.house.door.over(name, call.call_id)
         return _xml(answer)
@@ -358,6 +384,8 @@ class Server:
         provider = rules.providers[name]
         call = provider.call(signed)
         await rules.house.door.recognize(name, signed, call, asks_for_stream=asks_for_stream)
+        if call.over:
+            self.house.journal.conclude(name, call.call_id)
         return rules, provider, signed, call
 
     # --- streams ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -22,8 +23,24 @@ from gateway.capture import Capture
 from gateway.clock import Clock
 from gateway.door import Door, Pass
 from gateway.errors import LocalError
-from gateway.events import Audio, BargeIn, Checkpoint, Clear, Command, Event, Flow, Speech, Spoken, Start, Stop, StopReason
+from gateway.events import (
+    Audio,
+    BargeIn,
+    Checkpoint,
+    Clear,
+    Command,
+    Event,
+    Flow,
+    Gap,
+    Outcome,
+    Speech,
+    Spoken,
+    Start,
+    Stop,
+    StopReason,
+)
 from gateway.figures import Figures, measure
+from gateway.journal import Entry, Journal, Legacy, Standing, State
 from gateway.listeners import Listeners
 from gateway.media import Track
 from gateway.metrics import Totals
@@ -50,6 +67,14 @@ REMEMBERED_LOSSES = 1000
 """Calls that ended because their service was lost, remembered for the carrier's next question."""
 
 
+JOURNAL_MS, JOURNAL_MARGIN_MS = 30_000, 500
+"""Of a service's `replay_ms`, what is kept for another process; each call's takes memory that all processes share."""
+
+LOOK_SECS = 0.1
+"""How often a stream whose carrier is gone looks whether another process has its call."""
+
+NORMAL_CLOSE = 1000
+
 MILESTONES = (Checkpoint, Spoken, BargeIn, Speech)
 """Events after which a stream that was to stop when all is heard may be over."""
 
@@ -72,6 +97,7 @@ class House:
     control: CallControl
     providers: Mapping[str, Provider]
     tracer: Tracer | None
+    journal: Journal
     streams: dict[str, Stream] = field(default_factory=dict)
     """By session id."""
     conversations: dict[tuple[str, str], Stream] = field(default_factory=dict)
@@ -124,6 +150,11 @@ class Stream:
         self._began = self._loop.time()
         self._armed = float("inf")
         self._lead_ms = codec.limits.lead_ms
+        self._journal: Entry | None = None
+        self._legacy: Legacy | None = None
+        self._owed: tuple[str, ...] = ()  # checkpoints of the call's last stream, until a service is told what became of them
+        self._closed_with: int | None = None  # the carrier's own close code
+        self._released = asyncio.Event()  # nobody need wait for the carrier to come back
         self._stopwatch = Stopwatch()
         self._timed_frame = EVERY  # the carrier's frames from this number on are timed
         self._untimed = EVERY  # commands until the next one is timed
@@ -147,6 +178,9 @@ class Stream:
                 writing = tasks.create_task(self._write())
                 try:
                     await self._read()
+                    if self._may_return():
+                        writing.cancel()
+                        await self._hold()
                 finally:
                     self.end(StopReason.CARRIER_CLOSED)
                     if self._serving is not None:
@@ -168,6 +202,31 @@ class Stream:
             self.session.close_code = aiohttp.WSCloseCode.INTERNAL_ERROR
         self.session.end(reason, self._loop.time())
         self._wake.set()
+        self._released.set()
+
+    async def hand_over(self) -> None:
+        """Have the carrier ask for its call again, so that another process goes on with it; the service is not told of an end.
+
+        Where that can't be, or it does not come back within `reattach_secs`, the stream ends.
+        """
+        if self._journal is None:
+            self.end(StopReason.DRAIN)
+            return
+        self.log.info("handing_over")
+        with suppress(ConnectionError):
+            await self._socket.close(code=aiohttp.WSCloseCode.GOING_AWAY)
+
+    def supersede(self) -> bool:
+        """Another stream of this call goes on with it: nobody is told of an end. False if it can't be left to it."""
+        if self._journal is None or self.session.over:
+            return False
+        self._journal.close()
+        self._journal = None
+        if self._serving is not None:
+            self._serving.cancel()
+        self._channel.unsubscribe(self.subscription)
+        self.end(StopReason.CARRIER_CLOSED)
+        return True
 
     def figures(self) -> Figures:
         """How it fares."""
@@ -196,10 +255,15 @@ class Stream:
             self.session.perform(command, self._loop.time())
         else:
             self._perform_timed(command)
+        if type(command) is Checkpoint and self._journal is not None:
+            self._journal.pending(self.session.pending(self._loop.time())[1])
         self._wake.set()
 
     def pending(self) -> tuple[int, tuple[str, ...]]:
-        return self.session.pending(self._loop.time())
+        queued_ms, names = self.session.pending(self._loop.time())
+        if self._owed and self._links[-1].figures().took_at is not None:
+            self._owed = ()  # they are on their way
+        return queued_ms, (*self._owed, *names)
 
     def fault(self, code: str, message: str, ref: str | int | None) -> None:
         self.session.fault(code, message, ref)
@@ -223,9 +287,8 @@ class Stream:
                 self.log.warning("no_start", after_secs=self._house.settings.start_timeout_secs)
                 session.close_code = aiohttp.WSCloseCode.POLICY_VIOLATION
                 self.end(StopReason.TIMEOUT)
-            async for message in self._socket:
-                if not self._is_frame(message):
-                    return
+            receive = self._socket.receive
+            while self._is_frame(message := await receive()):
                 if session.frames_in < self._timed_frame:
                     session.receive(message.data, loop.time())
                 else:
@@ -237,10 +300,12 @@ class Stream:
 
     def _is_frame(self, message: aiohttp.WSMessage) -> bool:
         """Whether it is one; else the stream is over, and where the carrier broke the WebSocket protocol that is said."""
-        if message.type is aiohttp.WSMsgType.ERROR:
+        if message.type is aiohttp.WSMsgType.ERROR and isinstance(message.data, aiohttp.WebSocketError):
             self.log.warning("broken_websocket", error=str(message.data))
             self.end(StopReason.PROTOCOL_ERROR)
         if message.type not in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
+            if message.type is aiohttp.WSMsgType.CLOSE:
+                self._closed_with = message.data
             return False
         if self._capture is not None:
             self._capture.take("in", message.data, self._loop.time())
@@ -251,9 +316,16 @@ class Stream:
             self._open(event)
         elif type(event) in MILESTONES:
             self._wake.set()  # a stop may have waited for it
+            if type(event) is Checkpoint and self._journal is not None:
+                self._journal.pending(self.session.pending(self._loop.time())[1])
         elif type(event) is Flow:
             self.log.info("flow", state=event.state, buffered_ms=event.buffered_ms)
+        elif type(event) is Stop and self._journal is not None:
+            # Before the carrier can see its socket closed, and ask anybody what comes next.
+            self._journal.end(State.LOST if event.reason is StopReason.SERVICE_LOST else State.ENDED)
         self._channel.publish(event)
+        if self._legacy is not None and type(event) is Start:
+            self._tell_inheritance(self._legacy)
 
     def _open(self, start: Start) -> None:
         """The start frame has come: if it may come in, find the service and let it take over."""
@@ -270,6 +342,8 @@ class Stream:
         self._replace(start)
         settings = self._house.settings
         route = self._route(start)
+        if route is not None:
+            self._keep_journal(start, route)
         self.route, self._taken = (route.label, route) if route is not None else (None, None)
         self.log.info("stream_started", stream_id=start.stream_id, media_format=str(start.media_format), route=self.route)
         if route is None:
@@ -326,12 +400,72 @@ class Stream:
         if older is not None:
             older.log.warning("stream_replaced", by=self.session_id)
             older.session.close_code = REPLACED
-            older.end(StopReason.CARRIER_CLOSED)
+            if not older.supersede():
+                older.end(StopReason.CARRIER_CLOSED)
         self._house.conversations[key] = self
+
+    # --- when the carrier's socket is lost ---
+
+    def _keep_journal(self, start: Start, route: Route) -> None:
+        """See to it that this call can go on elsewhere; go on with it if it comes from there."""
+        house = self._house
+        if not start.accepts or self._admitted.ticket is None or not house.settings.reattach_secs:
+            return  # a carrier that only lets us listen, or was not answered by us, does not ask again
+        service, capacity = house.settings.services[route.service[0]], 0
+        if isinstance(service, WebsocketService) and service.dialect is None and start.media_format is not None:
+            capacity = start.media_format.bytes_for(min(service.replay_ms, JOURNAL_MS) + JOURNAL_MARGIN_MS)
+        standing = Standing(self.session_id, route.label)
+        self._journal, self._legacy = house.journal.begin(self.provider, start.call_id, standing, capacity=capacity)
+        if self._journal is None:
+            house.door.remarks.tell("call_not_journaled", self._loop.time(), problem=house.journal.problem)
+        if self._legacy is not None:
+            self._owed = self._legacy.standing.checkpoints
+            self._become(self._legacy.standing.session)
+
+    def _become(self, session_id: str) -> None:
+        """The session that a service knows already."""
+        streams = self._house.streams
+        older = streams.get(session_id)
+        if older is not None and older is not self:
+            older.end(StopReason.CARRIER_CLOSED)
+            older._depart()
+        del streams[self.session_id]
+        self.session_id = self._channel.session_id = session_id
+        streams[session_id] = self
+        self.log = self.log.bind(session=session_id)
+
+    def _tell_inheritance(self, legacy: Legacy) -> None:
+        """What the service missed while nobody had the call. Listeners hear a stream of their own."""
+        lost_ms = round((monotonic() - legacy.silent_since) * 1000)
+        self.log.info("call_reattached", silent_ms=lost_ms, checkpoints_lost=len(self._owed))
+        if legacy.heard and self.start.media_format is not None:
+            self.subscription.offer(Gap(lost_ms, Track.INBOUND))
+        for name in self._owed:
+            self.subscription.offer(Checkpoint(name, Outcome.LOST, 0))
+
+    def _may_return(self) -> bool:
+        """Whether the carrier has only lost its connection, and will ask for the call again."""
+        if self._journal is None or self.session.over or self.session.farewell:
+            return False
+        return self._closed_with != NORMAL_CLOSE or self.account.carrier().habits.says_stop
+
+    async def _hold(self) -> None:
+        """The carrier is gone without a word: give it, and whichever process it comes to, a while to take up the call."""
+        waits_secs = self._house.settings.reattach_secs
+        self.log.warning("carrier_lost", code=self._closed_with, waits_secs=waits_secs)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(waits_secs):
+                while self._journal is not None and not self.session.over and not self._journal.concluded:
+                    if self._journal.superseded:
+                        self.log.info("taken_over")
+                        self.supersede()
+                        break
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._released.wait(), LOOK_SECS)
 
     def _depart(self) -> None:
         """The call is over, whoever still listens."""
-        if self.session_id in self._house.streams:
+        if self._house.streams.get(self.session_id) is self:
             if self._capture is not None:
                 reason = self.session.stop.reason if self.session.stop is not None else None
                 self._capture.close(reason, self._loop.time())
@@ -341,7 +475,9 @@ class Stream:
     def _leave(self) -> None:
         """Give back everything this stream held of the house."""
         house, session = self._house, self.session
-        house.streams.pop(self.session_id, None)
+        del house.streams[self.session_id]
+        if self._journal is not None:
+            self._journal.end(State.ENDED)
         if not self._entered:
             if session.start is None:
                 house.door.leave(self._admitted)
@@ -358,7 +494,8 @@ class Stream:
     async def _serve(self, route: Route) -> None:
         """The services of a route one after the other, until one has served the call to its end."""
         for group in _groups([(name, self._house.settings.services[name]) for name in route.service]):
-            link = _link(group, self, route, self._house.dialects)
+            link = _link(group, self, route, self._house.dialects, journal=self._journal, legacy=self._legacy)
+            self._legacy = None
             self._links.append(link)
             try:
                 await link.run()
@@ -485,7 +622,13 @@ def _hears_playout(service: Service) -> bool:
 
 
 def _link(
-    group: list[Named], line: Line, route: Route, dialects: Dialects, role: Literal["speaker", "listener"] = "speaker"
+    group: list[Named],
+    line: Line,
+    route: Route,
+    dialects: Dialects,
+    role: Literal["speaker", "listener"] = "speaker",
+    journal: Entry | None = None,
+    legacy: Legacy | None = None,
 ) -> Link:
     """A link to the first of these services that takes the call; all are of one kind."""
     service = group[0][1]
@@ -498,4 +641,4 @@ def _link(
             several = [(name, each) for name, each in group if isinstance(each, WebsocketService)]
             if service.dialect is not None:
                 return DialectLink(several, line, dialects, on_lost=route.on_lost, role=role)
-            return WebsocketLink(several, line, on_lost=route.on_lost, role=role)
+            return WebsocketLink(several, line, on_lost=route.on_lost, role=role, journal=journal, legacy=legacy)

@@ -491,13 +491,21 @@ class Provider:
         return {} if self._signer is None else self._signer.sign(request)
 
     def answer(
-        self, request: SignedRequest, stream_url: str, *, action_url: str | None = None, status_url: str | None = None
+        self,
+        request: SignedRequest,
+        stream_url: str,
+        *,
+        action_url: str | None = None,
+        status_url: str | None = None,
+        resumed: bool = False,
     ) -> Answer:
         """TwiML that opens a session with `stream_url`. The setup frame tells the call's facts itself.
 
         `status_url` has no place here: of a session's end Twilio tells the action URL, and `status` reads that.
         """
         attributes = {"url": stream_url} | _attributes(self._config)
+        if resumed:  # Twilio speaks the greeting of each session
+            attributes = {name: value for name, value in attributes.items() if not name.startswith("welcomeGreeting")}
         languages = [_xml.element("Language", _language(language)) for language in self._config.languages]
         parameters = _twilio.parameters(self._config.parameters)
         session = _xml.element("ConversationRelay", attributes, *languages, *parameters)

@@ -427,7 +427,13 @@ class Provider:
         return {} if self._signer is None else self._signer.sign(request)
 
     def answer(
-        self, request: SignedRequest, stream_url: str, *, action_url: str | None = None, status_url: str | None = None
+        self,
+        request: SignedRequest,
+        stream_url: str,
+        *,
+        action_url: str | None = None,
+        status_url: str | None = None,
+        resumed: bool = False,
     ) -> Answer:
         """TwiML that dials `stream_url` and passes the call's facts to our codec. Raises MalformedFrame without a call."""
         config = self._config

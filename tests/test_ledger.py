@@ -166,7 +166,7 @@ def test_names_say_nothing(book: Ledger, place: Path) -> None:
 
 
 def test_the_directory_is_in_memory_and_belongs_to_user_and_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(ledger, "SHARED_MEMORY", tmp_path)
     books = [Ledger(SECRET), Ledger(SECRET), Ledger(SECRET + "!")]
 
     assert books[0].directory == books[1].directory != books[2].directory
@@ -178,7 +178,7 @@ def test_the_directory_is_in_memory_and_belongs_to_user_and_secret(tmp_path: Pat
 
 
 def test_without_shared_memory_it_is_the_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "_SHARED_MEMORY", tmp_path / "missing")
+    monkeypatch.setattr(ledger, "SHARED_MEMORY", tmp_path / "missing")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     book = Ledger(SECRET)
 

@@ -43,7 +43,7 @@ def test_close_codes_are_the_codes_of_the_table() -> None:
 
 def test_every_promise_names_a_test_that_exists() -> None:
     names = set(re.findall(r"`(test_\w+)`", section(7)))
-    written = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    written = "\n".join(path.read_text() for path in (ROOT / "tests").glob("**/test_*.py"))
     assert names
     assert [] == [name for name in names if f"def {name}(" not in written]
 

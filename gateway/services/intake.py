@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gateway.audio import Converter, Reframer
 from gateway.events import Audio, Event, Gap, GapReason, Start, Stop
+from gateway.journal import Entry, Legacy, Word
 from gateway.media import MediaFormat, Track
 from gateway.services.framed import Flags
 from gateway.services.native import NativeCarrier
@@ -11,6 +12,10 @@ from gateway.services.ring import Frame, Hole, Ring
 
 LARGEST_FILL_MS = 10_000
 """A hole in the caller's audio is filled with silence up to this."""
+
+BLOCK_MS = 20
+"""What a converter's filter works on in one piece, and longer than it remembers: what is converted again from the beginning of a
+block on comes out a block later as it did the first time."""
 
 
 class Intake:
@@ -38,6 +43,9 @@ class Intake:
         self._pending = 0  # bytes of the carrier's audio that no frame stands for yet
         self._filling_since: float | None = None  # the time of the first hole
         self._filled_ms = 0
+        self._skipped = 0
+        self.journal: Entry | None = None
+        """Is given the service's input, if it shall outlive this process."""
 
     @property
     def held_bytes(self) -> int:
@@ -62,7 +70,10 @@ class Intake:
             return
         for text in self._protocol.encode(event):
             if isinstance(text, str):
+                number = self.ring.next_number
                 self.ring.say(text, now)
+                if self.journal is not None and self.ring.next_number > number:
+                    self.journal.say(Word(number, text, self.ring.next_seq))
         if isinstance(event, Gap) and event.track is self._track and self._source is not None:
             self._leave_out(event, now)
 
@@ -83,7 +94,32 @@ class Intake:
         if self._source is not None:
             self._frame(converter.flush(), other._pending)
 
+    def inherit(self, legacy: Legacy, now: float) -> None:
+        """Make again what another process had for this service, bit by bit as it was. Before anything else."""
+        first = legacy.acked + 1
+        oldest = legacy.heard - len(legacy.audio)
+        # From a filter's own block on, and from so much earlier that it has forgotten what was before.
+        blocks = max(1, BLOCK_MS * self._target.bytes_per_second // 1000 // self._frame_bytes)
+        begin = max(0, first - blocks) // blocks * blocks
+        if begin * self._share < oldest:  # older than what is kept: the service will be told
+            begin = -(-oldest // (self._share * blocks)) * blocks
+            first = max(first, begin + blocks)
+        samples = self._frame_bytes // self._target.sample_bytes
+        words = [*legacy.standing.words]
+        number = words[0].number if words else legacy.standing.next_number
+        self._skipped = legacy.skipped
+        self.ring.inherit(legacy.acked, first, first * samples + legacy.skipped, number)
+        converted = self._converter.convert(legacy.audio[begin * self._share - oldest :])
+        for frame in self._reframer.push(converted)[first - begin :]:
+            while words and words[0].before <= self.ring.next_seq:
+                self.ring.say(words.pop(0).text, now)
+            self.ring.hear(frame, 0)
+        for word in words:
+            self.ring.say(word.text, now)
+
     def _hear(self, payload: bytes, heard: int) -> None:
+        if self.journal is not None:
+            self.journal.hear(payload)
         self._frame(self._converter.convert(payload), heard)
 
     def _frame(self, samples: bytes, heard: int) -> None:
@@ -98,7 +134,11 @@ class Intake:
         if fill and self._source is not None:
             self._hear(self._source.silence(fill), 0)
         if gap.lost_ms > fill:
-            self.ring.skip((gap.lost_ms - fill) * self._target.sample_rate // 1000)
+            samples = (gap.lost_ms - fill) * self._target.sample_rate // 1000
+            self.ring.skip(samples)
+            self._skipped += samples
+            if self.journal is not None:
+                self.journal.skipped(self._skipped)
 
     def _fill_ms(self, lost_ms: int, now: float) -> int:
         """How much of a hole becomes silence: never so much that it displaces speech, nor more than time has gone by."""

@@ -95,6 +95,12 @@ class Ring:
 
     # --- in ---
 
+    def inherit(self, acked: int, next_seq: int, next_pos: int, next_number: int) -> None:
+        """Go on where another ring was: the next frame and word have these numbers. Before anything else."""
+        self.acked, self.next_seq, self.next_pos, self.next_number = acked, next_seq, next_pos, next_number
+        frame = self._frame_bytes // self._sample_bytes
+        self._acked_pos = max(0, next_pos - (next_seq - acked - 1) * frame)
+
     def hear(self, payload: bytes, heard: int, flags: int = 0) -> None:
         """Add one frame of audio."""
         if self._skipped:

@@ -16,6 +16,8 @@ from gateway.audio import Converter
 from gateway.buckets import WAIT_SECS, Buckets
 from gateway.errors import MalformedFrame
 from gateway.events import COMMAND_NAMES, Account, After, Audio, Checkpoint, Clear, Command, Stop
+from gateway.journal import Entry as JournalEntry
+from gateway.journal import Legacy
 from gateway.services import Line, LinkFigures, ServiceLost
 from gateway.services.dialler import LARGEST_MESSAGE, ServiceSocket, Unreachable
 from gateway.services.framed import HEADER_BYTES, SUBPROTOCOL_FRAMED, Flags, Header, Numbers, pack, unpack
@@ -113,7 +115,10 @@ class WebsocketLink:
         *,
         on_lost: Literal["hangup", "next"] = "hangup",
         role: Literal["speaker", "listener"] = "speaker",
+        journal: JournalEntry | None = None,
+        legacy: Legacy | None = None,
     ) -> None:
+        """`journal` is told what another process would need to go on, `legacy` what such a one has left."""
         self._line = line
         self._role = role
         self._intake_rate = Limiter(LISTENER_UNITS_PER_SEC, LISTENER_UNITS_PER_SEC)
@@ -124,6 +129,12 @@ class WebsocketLink:
         self._round: list[tuple[str, WebsocketService]] = []
         self._name, self._service = services[0]
         self._begun = False
+        self._journal = journal
+        self._legacy = legacy
+        if legacy is not None and legacy.standing.service in (names := [name for name, _ in services]):
+            self._round = [services[names.index(legacy.standing.service)]]
+            self._name, self._service = self._round[0]
+            self._begun = True  # it knows the conversation
         self._tasks: asyncio.TaskGroup
         self._pumping: asyncio.Task[None] | None = None
         self._connection: _Connection | None = None
@@ -325,13 +336,36 @@ class WebsocketLink:
             track=service.track,
             protocol=protocol,
         )
-        if self._intake is not None:
-            intake.adopt(self._intake, self._loop.time())
-        self._intake = intake
-        self._begun = False
         self._numbers = Numbers()
+        now, legacy, journal = self._loop.time(), self._legacy, self._journal
+        inherits = legacy is not None and legacy.standing.service == self._name and legacy.standing.shape == self._shape_text
+        if self._intake is not None:
+            intake.adopt(self._intake, now)
+            self._give_up_journal()  # what was made of another service's frames can't be made again from the audio
+        elif legacy is not None and inherits:
+            intake.inherit(legacy, now)
+            self._numbers.next = legacy.next_out
+        elif journal is not None and legacy is not None:
+            journal.restart()
+        if self._journal is not None:
+            intake.journal = journal
+        self._begun = self._intake is None and legacy is not None and legacy.standing.service == self._name
+        self._legacy = None
+        self._intake = intake
         self._downward = Converter(service.media_format, carrier_format or service.media_format)
         line.subscription.track = service.track
+
+    @property
+    def _shape_text(self) -> str:
+        """What a service's frames are made of, and how."""
+        return f"{self._line.start.media_format} {self._shape}"
+
+    def _give_up_journal(self) -> None:
+        """From now on nothing is kept for another process but that this service has the call."""
+        if self._journal is not None:
+            self._journal.restart()
+            self._journal.serve(self._name, "")
+            self._journal = None
 
     def _establish(self, connection: _Connection, ready: Ready | None) -> None:
         """The service has the call: from now on events go to it, those first that it has not had."""
@@ -356,6 +390,9 @@ class WebsocketLink:
             replay = ring.waiting_bytes
         if self._took_at is None:
             self._took_at = now
+        if self._journal is not None:
+            self._journal.acked(ring.acked)
+            self._journal.serve(self._name, self._shape_text if connection.framed else "")
         if self._begun:
             self._outages.setdefault(self._name, Buckets(WAIT_SECS)).add(away)
             self._line.log.info(
@@ -568,6 +605,8 @@ class WebsocketLink:
                 return
             if not self._numbers.take(header.seq):
                 return
+            if self._journal is not None:
+                self._journal.took(self._numbers.next)
             if self._ack_timer is None:
                 self._ack_timer = self._loop.call_later(ACK_SECS, self._acknowledge)
             flags, begin = header.flags, HEADER_BYTES
@@ -633,6 +672,8 @@ class WebsocketLink:
     def _confirm(self, ack: Ack) -> None:
         if not self._ring.ack(ack.seq):
             raise Malformed(f"ack of {ack.seq}: the next frame to be sent is {self._ring.next_waiting}", ack.id)
+        if self._journal is not None:
+            self._journal.acked(self._ring.acked)
 
     def _settle(self, command: Command) -> None:
         """The converter's tail belongs to what was said before a checkpoint or the end; a clear throws it away."""
