@@ -14,7 +14,6 @@ import hmac
 import mmap
 import os
 import secrets
-import tempfile
 from enum import IntEnum
 from pathlib import Path
 from struct import Struct as Layout
@@ -23,7 +22,7 @@ from time import monotonic
 import msgspec
 from msgspec import Struct
 
-from gateway.ledger import SHARED_MEMORY, opened
+from gateway.ledger import opened, shared_directory
 
 MOST_ATTEMPTS = 10
 """How often a call may be asked for again: a call that kills whoever takes it must not kill them all."""
@@ -106,9 +105,7 @@ class Journal:
         """`directory` is for tests."""
         master = secret.encode("utf-8", "surrogatepass")
         self._key = hmac.digest(master, b"telephony-gateway: journal of calls, version 1", hashlib.sha256)
-        place = hmac.digest(self._key, b"directory", hashlib.sha256)[:8].hex()
-        base = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
-        self.directory = directory or base / f"telephony-gateway-{os.geteuid()}-{place}"
+        self.directory = directory or shared_directory(self._key)
         self.problem = ""
         self.unwritten = 0
         """Calls that have no entry because there was no room, or no place, for one."""

@@ -67,9 +67,7 @@ class Ledger:
         """`directory` is for tests. `capacity` bounds the entries of this process; uses beyond it are refused."""
         master = secret.encode("utf-8", "surrogatepass")
         self._key = hmac.digest(master, b"telephony-gateway: used nonces, version 1", hashlib.sha256)
-        place = hmac.digest(self._key, b"directory", hashlib.sha256)[:8].hex()
-        base = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
-        self.directory = directory or base / f"telephony-gateway-{os.geteuid()}-{place}"
+        self.directory = directory or shared_directory(self._key)
         self.problem = ""
         self._capacity = capacity
         self._descriptor = -1
@@ -252,6 +250,13 @@ def _notes_bucket(period: int) -> int:
 
 def _is_dead(bucket: int, now: float) -> bool:
     return (bucket + 1) * _BUCKET_SECS + KEEP_SECS + _MARGIN_SECS < now
+
+
+def shared_directory(key: bytes) -> Path:
+    """Where what belongs to this key lies: in memory if the system has such a place, for this user alone."""
+    place = hmac.digest(key, b"directory", hashlib.sha256)[:8].hex()
+    base = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+    return base / f"telephony-gateway-{os.geteuid()}-{place}"
 
 
 def opened(directory: Path) -> int:

@@ -22,7 +22,7 @@ Launch = Callable[..., Awaitable[Server]]
 @pytest.fixture(autouse=True)
 def own_ledgers(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test remembers another one's calls, which have the same names; the gateways of one test remember together."""
-    monkeypatch.setattr(ledger, "_SHARED_MEMORY", tmp_path_factory.mktemp("ledgers"))
+    monkeypatch.setattr(ledger, "SHARED_MEMORY", tmp_path_factory.mktemp("ledgers"))
 
 
 @pytest.fixture
