@@ -21,7 +21,7 @@ APPLIED = frozenset(
     {
         *("providers", "services", "routes", "tls", "trusted_proxies"),
         *("max_calls", "max_calls_per_second", "max_pending_per_address"),
-        *("start_timeout_secs", "reattach_secs", "capacity_ms", "hold_ms", "drain_secs"),
+        *("start_timeout_secs", "reattach_secs", "capacity_ms", "hold_ms", "drain_secs", "sounds"),
     }
 )
 """Keys whose new values count for new calls. Others take a restart: sockets are bound to them, or calls sign by them."""
