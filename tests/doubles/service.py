@@ -419,7 +419,8 @@ class RecordingService:
             link._unacked += 1
             if self.ack_frames and link._unacked >= self.ack_frames:
                 link._unacked = 0
-                await link.send(type="ack", seq=payload.seq)
+                with suppress(ConnectionClosed):  # what came before the close is read all the same
+                    await link.send(type="ack", seq=payload.seq)
         elif isinstance(payload, dict) and payload.get("type") == "start":
             link.memory = self.memories.setdefault(payload["session"], Memory())
             if self.answer == "silent":
