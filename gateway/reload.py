@@ -21,6 +21,7 @@ APPLIED = frozenset(
     {
         *("providers", "services", "routes", "tls", "trusted_proxies"),
         *("max_calls", "max_calls_per_second", "max_pending_per_address"),
+        *("max_cpu_percent", "max_host_cpu_percent", "max_memory_percent", "max_egress_mbit"),
         *("start_timeout_secs", "reattach_secs", "capacity_ms", "hold_ms", "drain_secs", "sounds"),
     }
 )

@@ -22,7 +22,7 @@ from gateway import config, host
 from gateway.host import Meter
 from gateway.settings import Settings
 from tests.conftest import Launch
-from tests.doubles import TwilioMedia
+from tests.doubles import Refused, TwilioMedia
 from tests.test_end_to_end import MULAW, played
 from tests.test_metrics import scrape
 
@@ -51,10 +51,10 @@ def test_a_limit_that_is_too_low_is_told_with_what_to_do(monkeypatch: pytest.Mon
     limits(monkeypatch, 1024, 1024)
     assert 1024 == host.raise_fd_limit(500, structlog.get_logger())
     (warning,) = log
-    assert ("fd_limit_low", 1024, 1200) == (warning["event"], warning["limit"], warning["needed"])
-    assert "max_calls to 420" in warning["hint"]
+    assert ("fd_limit_low", 1024, 1750) == (warning["event"], warning["limit"], warning["needed"])
+    assert "max_calls to 280" in warning["hint"]
     log.clear()
-    host.raise_fd_limit(420, structlog.get_logger())
+    host.raise_fd_limit(280, structlog.get_logger())
     assert [] == log
 
 
@@ -93,9 +93,14 @@ async def test_o6_calls_go_on_when_descriptors_run_out(tmp_path: Path) -> None:
             assert MULAW[:8000] == played(call)
             for one in idle:
                 one.close()
-            async with asyncio.timeout(4), TwilioMedia(f"ws://127.0.0.1:{port}/twilio/stream", seed=2) as next_call:
-                await next_call.speak(MULAW[:800])
-                await next_call.hangup()
+            async with asyncio.timeout(4):
+                while True:  # those before it in the queue have to be found gone first
+                    with suppress(Refused):
+                        async with TwilioMedia(f"ws://127.0.0.1:{port}/twilio/stream", seed=2) as next_call:
+                            await next_call.speak(MULAW[:800])
+                            await next_call.hangup()
+                        break
+                    await asyncio.sleep(0.1)
             await call.hangup()
     finally:
         process.send_signal(signal.SIGTERM)
