@@ -11,10 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import structlog
+from hypothesis import settings as hypothesis_settings
 
 from gateway import config, ledger
 from gateway.cli import make_server
 from gateway.server import Server
+
+hypothesis_settings.register_profile("gateway", deadline=None)  # a busy machine is no failure
+hypothesis_settings.load_profile("gateway")
 
 Launch = Callable[..., Awaitable[Server]]
 
