@@ -34,7 +34,7 @@ _MOST_HELD_BYTES = 16 * 1024
 _MOST_PIECES = 8
 
 _LINE = re.compile(rb"([A-Z]{3,7}) (/[\x21-\x22\x24-\x7e]*) HTTP/1\.1")
-_PLACE = re.compile(rb"/([^/]+)/(?:(answer|action|status)|stream(?:/([^/]+))?)")
+_PLACE = re.compile(rb"/([^/]+)/(?:(answer|action(?:/[^/]+)?|status|document/[^/]+)|stream(?:/([^/]+))?)")
 _NAME = re.compile(rb"[A-Za-z0-9_-]{1,64}")
 _TOKEN = re.compile(rb"[A-Za-z0-9_-]{1,400}")
 _LENGTH = re.compile(r"[0-9]{1,5}")

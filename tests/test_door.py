@@ -23,6 +23,7 @@ from gateway.media import MULAW_8K
 from gateway.porter import Porters, Sight, Visitor
 from gateway.provider import Call, SignedRequest
 from gateway.tokens import Ticket
+from tests.conftest import Launch
 from tests.test_doctor import document
 
 README = Path(__file__).parent.parent / "README.md"
@@ -299,3 +300,16 @@ def test_the_readmes_configuration_would_start(tmp_path: Path) -> None:
     settings = config.parse(text, environ=environ)
     assert {"twilio", "plivo"} == set(settings.providers)
     assert {None} == {entry.auth for entry in settings.providers.values()}
+
+
+async def test_the_porter_knows_every_path_of_the_server(launch: Launch) -> None:
+    server = await launch()
+    assert server._runner is not None
+    paths = {
+        re.sub(r"\{\w+\}", "x", resource.canonical)
+        for resource in server._runner.app.router.resources()
+        if not resource.canonical.startswith("/{path")
+    }
+    assert len(paths) > 5
+    for path in paths:
+        assert porter._PLACE.fullmatch(path.encode()), path
