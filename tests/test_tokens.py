@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hmac
 import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway import tokens
 from gateway.errors import MalformedFrame, RemoteError
 from gateway.tokens import (
     LEEWAY_SECS,
@@ -87,6 +90,33 @@ def test_every_flipped_bit_is_refused() -> None:
         for bit in range(8):
             flipped = bytes(byte ^ (1 << bit) if index == at else byte for index, byte in enumerate(token))
             assert refusal(flipped.decode("latin-1")) in ("forged", "malformed")
+
+
+def test_every_wrong_mac_costs_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many HMACs over as many bytes and one comparison of as many characters, wherever it is wrong: nothing stops early."""
+    work: list[tuple[str, int, int]] = []
+
+    class Recorder:
+        """In the place of the module hmac."""
+
+        @staticmethod
+        def digest(key: bytes, message: bytes, name: Any) -> bytes:
+            work.append(("digest", len(key), len(message)))
+            return hmac.digest(key, message, name)
+
+        @staticmethod
+        def compare_digest(one: Any, other: Any) -> bool:
+            work.append(("compare", len(one), len(other)))
+            return hmac.compare_digest(one, other)
+
+    token, seen = mint(), set()
+    monkeypatch.setattr(tokens, "hmac", Recorder)
+    for at in range(len(token)):
+        work.clear()
+        assert "forged" == refusal(f"{token[:at]}{'A' if token[at] != 'A' else 'B'}{token[at + 1 :]}")
+        seen.add(tuple(work))
+    ((digest, compare),) = seen
+    assert ("digest", "compare", 22, 22) == (digest[0], *compare)
 
 
 def test_every_other_spelling_is_refused() -> None:

@@ -20,7 +20,8 @@ import sys
 import tempfile
 import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -227,12 +228,14 @@ def finished(process: subprocess.Popen[bytes]) -> dict[str, Any]:
     return found
 
 
-def measure(seconds: float, rate: float) -> dict[str, Any]:
+@contextmanager
+def gateway(**options: Any) -> Iterator[tuple[int, int]]:
+    """(port, process id) of a gateway that serves `document`, with more options."""
     port = free_port()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "gateway.yaml"
-        path.write_text(json.dumps(document(port)))
-        gateway = subprocess.Popen(
+        path.write_text(json.dumps(document(port) | options))
+        process = subprocess.Popen(
             [sys.executable, "-m", "gateway", "serve", "--config", str(path)], cwd=ROOT, stderr=subprocess.DEVNULL
         )
         try:
@@ -241,47 +244,52 @@ def measure(seconds: float, rate: float) -> dict[str, Any]:
                     if probe.connect_ex(("127.0.0.1", port)) == 0:
                         break
                 time.sleep(0.05)
-            found: dict[str, Any] = {"refusals": {}}
-            finished(child(port, "token", "twilio", 0, 1))  # warm
-            for label, kind, name in (
-                ("bad token", "token", "twilio"),
-                ("bad signature, Twilio", "signature", "twilio"),
-                ("bad signature, Plivo", "signature", "plivo"),
-                ("bad token, cut in two", "cut token", "twilio"),
-                ("bad webhook, Twilio", "webhook", "twilio"),
-                ("bad webhook, Plivo", "webhook", "plivo"),
-                ("bad webhook, cut in two", "cut webhook", "twilio"),
-                ("no such path", "nowhere", "twilio"),
-            ):
-                before = cpu_secs(gateway.pid)
-                result = finished(child(port, kind, name, 0, seconds))
-                own, kernel = (after - start for after, start in zip(cpu_secs(gateway.pid), before, strict=True))
-                number = result["refused"]
-                found["refusals"][label] = {
-                    "cpu_us": (own + kernel) / number * 1e6, "own_us": own / number * 1e6, "kernel_us": kernel / number * 1e6,
-                    **result,
-                }  # fmt: skip
-            quiet, exact = asyncio.run(call(port, "twilio", seconds))
-            found["quiet"] = {
-                "p50_ms": quantile(quiet, 0.5),
-                "p99_ms": quantile(quiet, 0.99),
-                "max_ms": max(quiet),
-                "exact": exact,
-            }
-            before = cpu_secs(gateway.pid)
-            flooding = child(port, "token", "twilio", rate, seconds + 1)
-            time.sleep(0.5)
-            busy, exact = asyncio.run(call(port, "twilio", seconds))
-            result = finished(flooding)
-            used = sum(cpu_secs(gateway.pid)) - sum(before)
-            found["flooded"] = {
-                "p50_ms": quantile(busy, 0.5), "p99_ms": quantile(busy, 0.99), "max_ms": max(busy), "exact": exact,
-                "added_p99_ms": quantile(busy, 0.99) - quantile(quiet, 0.99), "core": used / (seconds + 1.5), **result,
-            }  # fmt: skip
-            return found
+            yield port, process.pid
         finally:
-            gateway.terminate()
-            gateway.wait()
+            process.terminate()
+            process.wait()
+
+
+def measure(seconds: float, rate: float) -> dict[str, Any]:
+    with gateway() as (port, pid):
+        found: dict[str, Any] = {"refusals": {}}
+        finished(child(port, "token", "twilio", 0, 1))  # warm
+        for label, kind, name in (
+            ("bad token", "token", "twilio"),
+            ("bad signature, Twilio", "signature", "twilio"),
+            ("bad signature, Plivo", "signature", "plivo"),
+            ("bad token, cut in two", "cut token", "twilio"),
+            ("bad webhook, Twilio", "webhook", "twilio"),
+            ("bad webhook, Plivo", "webhook", "plivo"),
+            ("bad webhook, cut in two", "cut webhook", "twilio"),
+            ("no such path", "nowhere", "twilio"),
+        ):
+            before = cpu_secs(pid)
+            result = finished(child(port, kind, name, 0, seconds))
+            own, kernel = (after - start for after, start in zip(cpu_secs(pid), before, strict=True))
+            number = result["refused"]
+            found["refusals"][label] = {
+                "cpu_us": (own + kernel) / number * 1e6, "own_us": own / number * 1e6, "kernel_us": kernel / number * 1e6,
+                **result,
+            }  # fmt: skip
+        quiet, exact = asyncio.run(call(port, "twilio", seconds))
+        found["quiet"] = {
+            "p50_ms": quantile(quiet, 0.5),
+            "p99_ms": quantile(quiet, 0.99),
+            "max_ms": max(quiet),
+            "exact": exact,
+        }
+        before = cpu_secs(pid)
+        flooding = child(port, "token", "twilio", rate, seconds + 1)
+        time.sleep(0.5)
+        busy, exact = asyncio.run(call(port, "twilio", seconds))
+        result = finished(flooding)
+        used = sum(cpu_secs(pid)) - sum(before)
+        found["flooded"] = {
+            "p50_ms": quantile(busy, 0.5), "p99_ms": quantile(busy, 0.99), "max_ms": max(busy), "exact": exact,
+            "added_p99_ms": quantile(busy, 0.99) - quantile(quiet, 0.99), "core": used / (seconds + 1.5), **result,
+        }  # fmt: skip
+        return found
 
 
 def main() -> None:
