@@ -141,9 +141,10 @@ class Speech(Message, frozen=True):
 
 
 class Spoken(Message, frozen=True):
-    """Up: words that reached the caller, in the carrier's own pieces."""
+    """Up: words that reached the caller, in the carrier's own pieces. `tones`: digits that we sent, reported likewise."""
 
     text: str
+    tones: bool = False
 
 
 class Say(Message, frozen=True):

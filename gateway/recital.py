@@ -41,14 +41,17 @@ class Recital:
         self._said = 0  # characters said since the start
         self._cut = 0  # those of them that were said before the last barge-in
         self._starts: deque[int] = deque()  # where each message that has not been spoken to its end begins, likewise counted
+        self._tones: deque[tuple[int, int]] = deque()  # where digits that were sent begin and end, likewise
         self._marks: deque[tuple[str, int]] = deque()
         self._quiet_at = float("-inf")
         self._hushed_at: float | None = None  # since when the carrier says that nothing is spoken
         self.ending = False
 
-    def say(self, text: str, now: float) -> None:
-        """Words (or digits, which the carrier reports likewise) were sent."""
+    def say(self, text: str, now: float, *, tones: bool = False) -> None:
+        """Words (or, with `tones`, digits, which the carrier reports likewise) were sent."""
         text = _squeeze(text)
+        if tones:
+            self._tones.append((self._said, self._said + len(text)))
         self._starts.append(self._said)
         self._text += text
         self._said += len(text)
@@ -72,6 +75,15 @@ class Recital:
         self._marks.append((name, self._said))
         return self._reached(self._said) if self._all_spoken else []
 
+    def is_tones(self, text: str) -> bool:
+        """Whether what the carrier reports now, before `spoken` takes it, are digits that were sent and no words."""
+        piece = _squeeze(text)
+        path = self._path(piece) if self._tones and piece else None
+        if path is None:
+            return False
+        end = self._said - len(self._text) + path[-1][0]
+        return any(begin <= end - len(piece) and end <= last for begin, last in self._tones)
+
     def spoken(self, text: str) -> list[Checkpoint]:
         """Words reached the caller. Words that nobody said (a greeting) prove nothing.
 
@@ -81,11 +93,7 @@ class Recital:
         piece = _squeeze(text)
         if not piece:
             return []
-        base = self._said - len(self._text)
-        # After a barge-in words may come that were on their way then; what was said since goes first, for it may repeat them.
-        path = self._match(piece, max(0, self._cut - base), HOLES)
-        if path is None and base < self._cut:
-            path = self._match(piece, 0, HOLES)
+        base, path = self._said - len(self._text), self._path(piece)
         if path is None:
             return []
         results = []
@@ -94,6 +102,8 @@ class Recital:
         self._text = self._text[path[-1][0] :]
         while self._starts and self._starts[0] < self._said - len(self._text):
             self._starts.popleft()
+        while self._tones and self._tones[0][1] <= self._said - len(self._text):
+            self._tones.popleft()
         return results
 
     def interrupted(self) -> list[Checkpoint]:
@@ -128,6 +138,12 @@ class Recital:
     @property
     def _all_spoken(self) -> bool:
         return not self._text or self._cut == self._said
+
+    def _path(self, piece: str) -> list[tuple[int, Outcome]] | None:
+        """See `_match`. After a barge-in words may come that were on their way then; what was said since goes first."""
+        base = self._said - len(self._text)
+        path = self._match(piece, max(0, self._cut - base), HOLES)
+        return self._match(piece, 0, HOLES) if path is None and base < self._cut else path
 
     def _match(self, piece: str, at: int, holes: int) -> list[tuple[int, Outcome]] | None:
         """How these words continue at `at` in what is not yet spoken: up to where it was played, cut, played; None: not at all.

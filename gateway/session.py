@@ -285,6 +285,8 @@ class Session:
                     return
                 if isinstance(event, Speech) and event.who is Party.AGENT and self.recital is not None:
                     self.recital.speech(event.active, now)
+                if isinstance(event, Spoken) and self.recital is not None and self.recital.is_tones(event.text):
+                    event = Spoken(event.text, tones=True)
                 self._emit(event)
                 if self.recital is not None and isinstance(event, (Spoken, BargeIn)):
                     heard = self.recital.spoken(event.text) if isinstance(event, Spoken) else self.recital.interrupted()
@@ -418,7 +420,7 @@ class Session:
             case Dtmf():
                 self._queue(command)
                 if self.recital is not None:
-                    self.recital.say(command.digits, now)
+                    self.recital.say(command.digits, now, tones=True)
             case Play():
                 self._queue(command)
                 if self.recital is not None:

@@ -116,7 +116,10 @@ async def test_conversation_relay_talks_to_a_text_service(launch: Launch) -> Non
             await link.wait_for("dtmf")
             await link.send(type="play", source="https://media.example.com/bye.mp3")
             await link.send(type="language", speech="de-DE")
+            await link.send(type="say", text="One moment.")
             await link.send(type="dtmf", digits="12#")
+            await link.send(type="checkpoint", name="sent")
+            sent = await link.wait_for("checkpoint", count=2)
             await link.raw(b"\0\0" * 160)
             fault = await link.wait_for("fault")
             await link.send(type="stop", handoff='{"why": "done"}')
@@ -124,7 +127,11 @@ async def test_conversation_relay_talks_to_a_text_service(launch: Launch) -> Non
     assert link.start["media_format"] is None
     assert ["checkpoint", "dtmf", "language", "play", "say", "stop"] == sorted(link.start["accepts"])
     assert {"type": "transcript", "text": "Where is my order?", "final": True, "language": "en-US"} == heard
-    assert ("told", "played") == (done["name"], done["outcome"])
+    assert [("told", "played"), ("sent", "played")] == [(each["name"], each["outcome"]) for each in (done, sent)]
+    assert ["12#"] == call.dtmf
+    assert "It is on its way.One moment." == "".join(each["text"].strip(" ") for each in link.texts("spoken")), (
+        "tones are no words"
+    )
     assert "unsupported_command" == fault["code"]
     assert [] == call.violations
     assert [] == service.violations

@@ -53,6 +53,24 @@ def test_digits_are_confirmed_like_words() -> None:
     assert played("a") == recital.spoken("42#")
 
 
+def test_digits_that_were_sent_are_told_from_words() -> None:
+    recital = Recital()
+    recital.say("Dial 42. ", 0.0)
+    recital.say("42", 0.0, tones=True)
+    recital.say("42", 0.0)
+    found = []
+    for piece in ("Dial ", "42. ", "42", "42", "42"):
+        found.append(recital.is_tones(piece))
+        recital.spoken(piece)
+    assert [False, False, True, False, False] == found
+    recital.say("7", 0.0, tones=True)
+    recital.interrupted()
+    recital.say("7 is right", 0.0)
+    assert not recital.is_tones("7 is right")
+    recital.spoken("7 is right")
+    assert [] == [*recital._tones]
+
+
 @pytest.mark.parametrize("greeting", ["Hello, this is Anna.", "Hi", "o", "morning"])
 def test_a_greeting_that_nobody_said_proves_nothing(greeting: str) -> None:
     recital = Recital()

@@ -21,6 +21,8 @@ KIND = "pipecat"
 DEFAULT_FORMAT = MediaFormat(Encoding.PCM_S16LE, 16000)
 """pipecat's own default for what it hears."""
 
+WAV_HEADER_BYTES = 44
+
 _PACKAGE = "pipecat"
 _AUDIO = (("audio", 3, "TYPE_BYTES"), ("sample_rate", 4, "TYPE_UINT32"), ("num_channels", 5, "TYPE_UINT32"))
 # Ids, names and presentation times mean nothing here: fields that are left out pass unread.
@@ -132,4 +134,7 @@ class PipecatClient:
             raise MalformedFrame("unsupported_format", f"{audio.sample_rate} Hz, {audio.num_channels} channels")
         if self.spoken.sample_rate != audio.sample_rate:
             self.spoken = MediaFormat(Encoding.PCM_S16LE, audio.sample_rate)
-        return (Audio(audio.audio),) if audio.audio else ()
+        samples = audio.audio
+        if samples[:4] == b"RIFF" and samples[8:16] == b"WAVEfmt ":  # a transport with `add_wav_header` writes one each time
+            samples = samples[WAV_HEADER_BYTES:]
+        return (Audio(samples),) if samples else ()

@@ -455,7 +455,7 @@ class NativeCarrier:
             case Speech():
                 return SpeechUp(event.who, event.active)
             case Spoken():
-                return SpokenUp(event.text)
+                return None if event.tones else SpokenUp(event.text)
             case Gap():
                 return GapUp(event.track, event.lost_ms, event.reason)
             case Flow():

@@ -195,9 +195,13 @@ class Recording:
 def line(event: Event, *, transcripts: bool) -> dict[str, Any]:
     """What the log says of an event: no digits, no numbers, no parameters, and no words unless `transcripts`."""
     fields = {key: getattr(event, key) for key in event.__struct_fields__}
-    told = {key: msgspec.to_builtins(value) for key, value in fields.items() if value not in (None, "", (), {})}
+    told = {
+        key: msgspec.to_builtins(value)
+        for key, value in fields.items()
+        if value not in (None, "", (), {}) and (key, value) != ("tones", False)
+    }
     masked = dict(logs.redact(None, "", told))
-    if transcripts and isinstance(event, (Transcript, BargeIn, Spoken)):
+    if transcripts and isinstance(event, (Transcript, BargeIn, Spoken)) and "tones" not in told:
         masked.update((key, told[key]) for key in ("text", "heard") if key in told)
     kind = re.sub("(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
     return {"type": kind, **masked}
