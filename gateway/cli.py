@@ -235,15 +235,8 @@ def simulate(
     logs.configure(level="error")
     if path is not None:
         settings = _settings(path)
-        name, account = _account(settings, name)
-        kind = kind or settings.providers[name].kind
-        if kind != settings.providers[name].kind:
-            raise click.UsageError(f"provider {name} is {settings.providers[name].kind}, not {kind}")
-        suffix = f"/{name}/answer"
-        url = url or f"{settings.base_url() if settings.tls else local_url(settings)}{suffix}"
-        if not url.endswith(suffix):
-            raise click.UsageError(f"--url must end in {suffix}: the answer names the stream, and a token in it lets the call in")
-        options["sign"] = signing.Signing(account, settings.base_url(), url.removesuffix(suffix))
+        name, url, options["sign"] = _signed(settings, name, kind, url)
+        kind = settings.providers[name].kind
     elif name is not None:
         raise click.UsageError("--provider is a name in a configuration; give that with --config")
     if kind is None or url is None:
@@ -405,10 +398,12 @@ def draw_report(recording: Path, output: Path | None) -> None:
 
 @main.command("replay")
 @click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
-@click.option("--url", required=True, help="http(s)://…/NAME/answer (asks the webhook first), or ws(s)://…/stream.")
+@click.option("--url", help="http(s)://…/NAME/answer (asks the webhook first), or ws(s)://…/stream; default that of --config.")
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help="Sign as an account of this configuration.")
+@click.option("--provider", "name", metavar="NAME", help="Which of its providers; the one of the capture's kind.")
 @click.option("--speed", default=1.0, show_default=True, type=click.FloatRange(0.05, 1000), help="How much faster than it was.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object (the default when piped).")
-def play_again(path: Path, url: str, speed: float, as_json: bool) -> None:
+def play_again(path: Path, url: str | None, config_path: Path | None, name: str | None, speed: float, as_json: bool) -> None:
     """Play a captured stream to a gateway as the carrier did, and compare what comes back.
 
     FILE is what a route with `capture: DIRECTORY` has stored. Kinds and their order count, not times, nor the pieces in which
@@ -416,10 +411,17 @@ def play_again(path: Path, url: str, speed: float, as_json: bool) -> None:
 
     \b
     telephony-gateway replay captures/20261120T….jsonl --url ws://127.0.0.1:8080/twilio/stream --speed 4
+    telephony-gateway replay captures/20261120T….jsonl --config gateway.yaml --provider twilio
     """
+    if config_path is None and (name is not None or url is None):
+        raise click.UsageError("give --url, or --config and perhaps --provider")
+    logs.configure(level="error")
     try:
         header, frames = capture.read(path)
-        outcome = run(replay.replay(providers.load(header.kind), header, frames, url=url, speed=speed))
+        sign = None
+        if config_path is not None:
+            name, url, sign = _signed(_settings(config_path), name, header.kind, url)
+        outcome = run(replay.replay(providers.load(header.kind), header, frames, url=url or "", speed=speed, sign=sign))
     except (capture.CaptureError, replay.ReplayError) as error:
         raise click.ClickException(str(error)) from error
     except LookupError as error:
@@ -579,6 +581,19 @@ def _account(settings: Settings, name: str | None) -> tuple[str, Provider]:
     if name is None or entry is None:
         raise click.UsageError(f"--provider must be one of {', '.join(settings.providers)}")
     return name, providers.load(entry.kind)(entry.config)
+
+
+def _signed(settings: Settings, name: str | None, kind: str | None, url: str | None) -> tuple[str, str, signing.Signing]:
+    """Name, answer URL and signature of the account that a call comes from; of the only one of `kind` where no name is given."""
+    fitting = [each for each, entry in settings.providers.items() if entry.kind == kind]
+    name, account = _account(settings, fitting[0] if name is None and len(fitting) == 1 else name)
+    if kind is not None and kind != settings.providers[name].kind:
+        raise click.UsageError(f"provider {name} is {settings.providers[name].kind}, not {kind}")
+    suffix = f"/{name}/answer"
+    url = url or f"{settings.base_url() if settings.tls else local_url(settings)}{suffix}"
+    if not url.endswith(suffix):
+        raise click.UsageError(f"--url must end in {suffix}: the answer names the stream, and a token in it lets the call in")
+    return name, url, signing.Signing(account, settings.base_url(), url.removesuffix(suffix))
 
 
 def _described(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-from collections.abc import Iterable
+import random
+import re
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import groupby
 
@@ -16,7 +18,8 @@ from gateway.callreport import explain, explain_status
 from gateway.capture import Frame, Header
 from gateway.errors import GatewayError, MalformedFrame
 from gateway.events import COMMAND_NAMES, Audio, Event, Start, Stop
-from gateway.provider import Call, Carrier, Codec, Provider
+from gateway.provider import Call, Carrier, Codec, HttpRequest, Provider
+from gateway.signing import UPGRADE
 
 REPLY_SECS = 5.0
 """How long an answer of the gateway may come later than it did, before the carrier goes on without it."""
@@ -99,9 +102,22 @@ def start_of(kind: type[Provider], frames: Iterable[Frame]) -> Start:
     raise ReplayError("there is no start frame in it: the stream never began")
 
 
-async def replay(kind: type[Provider], header: Header, frames: list[Frame], *, url: str, speed: float = 1.0) -> Outcome:
-    """Play it to `url`: a stream's `ws(s)://…`, or a webhook's `http(s)://…/answer`. Raises ReplayError."""
+async def replay(
+    kind: type[Provider],
+    header: Header,
+    frames: list[Frame],
+    *,
+    url: str,
+    speed: float = 1.0,
+    sign: Callable[[HttpRequest], HttpRequest] | None = None,
+) -> Outcome:
+    """Play it to `url`: a stream's `ws(s)://…`, or a webhook's `http(s)://…/answer`. Raises ReplayError.
+
+    `sign` signs the webhook and the upgrade, and may send them elsewhere (`gateway.signing.Signing`).
+    """
     start = start_of(kind, frames)
+    if url.startswith("http"):  # a call of its own: of the first one the gateway may know that it is over, or still have it
+        frames, start = _renamed(frames, start)
     per_ms = start.media_format.bytes_per_second / 1000 if start.media_format is not None else 1.0
     expected, got = (Listener(_carrier(kind, start), per_ms) for _ in range(2))
     codec = kind(msgspec.convert({"auth": "none"}, kind.Config)).codec()
@@ -109,8 +125,11 @@ async def replay(kind: type[Provider], header: Header, frames: list[Frame], *, u
     late = 0
     try:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=CONNECT_SECS)) as http:
-            target = await _ask(http, kind, start, url) if url.startswith("http") else url
-            async with http.ws_connect(target, protocols=[name for name in offered if name], max_msg_size=16 * 2**20) as socket:
+            upgrade = HttpRequest("GET", await _ask(http, kind, start, url, sign) if url.startswith("http") else url, UPGRADE)
+            upgrade = sign(upgrade) if sign is not None else upgrade
+            headers = {name: value for name, value in upgrade.headers.items() if name not in UPGRADE}
+            protocols = [name for name in offered if name]
+            async with http.ws_connect(upgrade.url, protocols=protocols, headers=headers, max_msg_size=16 * 2**20) as socket:
                 arrived = asyncio.Event()
 
                 async def listen() -> None:
@@ -169,6 +188,17 @@ async def replay(kind: type[Provider], header: Header, frames: list[Frame], *, u
     return Outcome(expected.kinds, got.kinds, expected.audio_ms, got.audio_ms, late)
 
 
+def _renamed(frames: list[Frame], start: Start) -> tuple[list[Frame], Start]:
+    """The same under another call id of the same shape."""
+    old = start.call_id
+    new = re.sub("[0-9a-f]", lambda _: random.choice("0123456789abcdef"), old)  # noqa: S311 - unlike others, not secret
+    renamed = [
+        msgspec.structs.replace(frame, text=frame.text.replace(old, new)) if old and frame.text is not None else frame
+        for frame in frames
+    ]
+    return renamed, msgspec.structs.replace(start, call_id=new)
+
+
 def _carrier(kind: type[Provider], start: Start) -> Carrier:
     carrier = kind.carrier()
     list(carrier.encode(start))  # it learns its ids
@@ -190,9 +220,16 @@ async def _send(socket: aiohttp.ClientWebSocketResponse, frame: Frame) -> None:
         return  # who listens sees it too
 
 
-async def _ask(http: aiohttp.ClientSession, kind: type[Provider], start: Start, url: str) -> str:
+async def _ask(
+    http: aiohttp.ClientSession,
+    kind: type[Provider],
+    start: Start,
+    url: str,
+    sign: Callable[[HttpRequest], HttpRequest] | None,
+) -> str:
     """The stream's URL, from the webhook."""
     request = kind.webhook(Call(start.call_id, start.caller, start.called, account_id=start.account_id), url)
+    request = sign(request) if sign is not None else request
     async with http.request(request.method, request.url, headers=dict(request.headers), data=dict(request.form)) as response:
         text = await response.text()
         if response.status != 200:

@@ -18,6 +18,7 @@ from gateway import capture, cli, replay
 from gateway.capture import CaptureError, Frame, Header, masked, read
 from tests.conftest import Launch
 from tests.doubles import ConversationRelay, Plivo, TwilioMedia
+from tests.test_doctor import document, free_port
 from tests.test_end_to_end import MULAW, stream_url
 
 ECHO = {"echo": {"kind": "echo"}}
@@ -156,6 +157,37 @@ async def test_the_command_exits_1_on_a_difference(launch: Launch, tmp_path: Pat
     )
     assert 1 == nowhere.exit_code
     assert "nothing listens there" in nowhere.output
+
+
+@pytest.mark.parametrize("name", ["twilio", "plivo", "relay"])
+async def test_the_command_signs_as_an_account_of_a_configuration(launch: Launch, tmp_path: Path, name: str) -> None:
+    routes = [{"service": "echo", "capture": str(tmp_path)}]
+    first = document(free_port(), routes=routes)
+    file = tmp_path / "gateway.yaml"
+    file.write_text(json.dumps(first))
+    server = await launch(**first)
+    ask = [*("--config", str(file), "--provider", name, "--json")]
+
+    def run(*arguments: str) -> tuple[int, Any]:
+        done = CliRunner().invoke(cli.main, [*arguments])
+        return done.exit_code, json.loads(done.output.splitlines()[-1]) if done.output.startswith("{") else done.output
+
+    said = ("--say", "Hello there.") if name == "relay" else ("--dtmf", "1")
+    status, report = await asyncio.to_thread(run, "simulate", *ask, "--hold", "1", *said)
+    assert 0 == status, report
+    path = await captured(server, tmp_path)
+    status, outcome = await asyncio.to_thread(run, "replay", str(path), *ask)
+    assert 0 == status, outcome
+    assert outcome["same"]
+    assert outcome["got"]
+    bare = ("--url", f"{server.settings.base_url()}/{name}/answer")
+    status, complaint = await asyncio.to_thread(run, "replay", str(path), *bare)
+    assert (1, True) == (status, "403" in complaint)
+    other = "plivo" if name != "plivo" else "twilio"
+    status, complaint = await asyncio.to_thread(run, "replay", str(path), "--config", str(file), "--provider", other)
+    assert (2, True) == (status, f"provider {other} is " in complaint)
+    status, complaint = await asyncio.to_thread(run, "replay", str(path))
+    assert (2, True) == (status, "give --url, or --config" in complaint)
 
 
 async def test_a_route_without_it_stores_nothing(launch: Launch, tmp_path: Path) -> None:
