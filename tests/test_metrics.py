@@ -284,3 +284,19 @@ def test_every_alert_has_a_severity_and_says_what_is_wrong() -> None:
 def test_prometheus_takes_the_alert_rules() -> None:
     done = subprocess.run(["promtool", "check", "rules", CONFIG / "alerts.yaml"], capture_output=True, text=True, check=False)
     assert 0 == done.returncode, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+async def test_prometheus_takes_the_metrics(launch: Launch) -> None:
+    server = await launch(admin=ADMIN)
+    assert server.admin is not None
+    async with TwilioMedia(stream_url(server, "twilio")) as call:
+        await call.speak(MULAW[:1600])
+        async with aiohttp.ClientSession() as http, http.get(f"http://127.0.0.1:{server.admin.port}/metrics") as response:
+            text = await response.read()
+        await call.hangup()
+    process = await asyncio.create_subprocess_exec(
+        "promtool", "check", "metrics", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    complaints, _ = await process.communicate(text)
+    assert (0, "") == (process.returncode, complaints.decode())

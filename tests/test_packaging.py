@@ -198,6 +198,14 @@ def test_the_manifests_hang_together() -> None:
     assert f"{mounted['configuration']}/{next(iter(MANIFESTS['ConfigMap']['data']))}" == CONTAINER["args"][-1]
 
 
+@pytest.mark.parametrize("kind", [*MANIFESTS])
+def test_the_api_servers_schemas_take_the_manifests(kind: str) -> None:
+    """`pip install kubernetes-validate` brings the schemas, all of them, which is why it is not among the tools."""
+    schemas = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
+    for version in ("1.29", schemas.latest_version()):
+        schemas.validate(MANIFESTS[kind], version, strict=True)
+
+
 def test_the_pod_may_do_little() -> None:
     user = next(rest for word, rest in instructions() if word == "USER")
     about = POD["securityContext"]
