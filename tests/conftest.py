@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import wave
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -16,6 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from gateway import config, ledger
 from gateway.cli import make_server
 from gateway.server import Server
+from tests.oracles import Watch, watching
 
 hypothesis_settings.register_profile("gateway", deadline=None)  # a busy machine is no failure
 hypothesis_settings.load_profile("gateway")
@@ -29,8 +31,27 @@ def own_ledgers(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     monkeypatch.setattr(ledger, "SHARED_MEMORY", tmp_path_factory.mktemp("ledgers"))
 
 
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays, and need not be looked through after each."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def oracle(request: pytest.FixtureRequest) -> Iterator[Watch | None]:
+    """After each test with a gateway: see `tests.oracles`."""
+    if "launch" not in request.fixturenames:
+        yield None
+        return
+    with watching() as watch:
+        yield watch
+    allowed = {event for marker in request.node.iter_markers("allow_errors") for event in marker.args}
+    wrong = watch.wrong(allowed)
+    assert not wrong, "if the test provokes it, mark it: @pytest.mark.allow_errors(event)\n" + "\n".join(wrong)[:5000]
+
+
 @pytest.fixture
-async def launch() -> AsyncIterator[Launch]:
+async def launch(oracle: Watch) -> AsyncIterator[Launch]:
     """`await launch(services={…}, routes=[…], **options)` runs a gateway with every provider until the test ends."""
     servers: list[Server] = []
 
@@ -54,6 +75,7 @@ async def launch() -> AsyncIterator[Launch]:
             "routes": routes or [{"service": next(iter(services))}],
             **options,
         }
+        oracle.keep_secret(document)
         server = make_server(config.parse(json.dumps(document)))
         await server.start()
         servers.append(server)

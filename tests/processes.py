@@ -8,12 +8,12 @@ import os
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-LOUD = frozenset({"error", "critical"})
+from tests import oracles
 
 
 class GatewayProcess:
@@ -34,7 +34,7 @@ class GatewayProcess:
             file.seek(self._read_to)
             whole = file.read().rpartition(b"\n")[0]
         self._read_to += len(whole) + 1 if whole else 0
-        return [json.loads(line) for line in whole.splitlines()]
+        return [json.loads(line) for line in whole.splitlines() if line.startswith(b"{")]
 
     def status(self, name: str) -> int:
         """A number of /proc/PID/status: `VmRSS` in KiB, `Threads`."""
@@ -68,23 +68,15 @@ class GatewayProcess:
                 await asyncio.sleep(0.02)
 
 
-def loud(log: str) -> list[str]:
-    """The lines that tell of a fault of ours: errors, and whatever is no line of the log (a traceback, a warning)."""
-    found = []
-    for line in log.splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            found.append(line)
-            continue
-        if entry.get("level") in LOUD or "exception" in entry or "Traceback" in line:
-            found.append(line)
-    return found
-
-
 @asynccontextmanager
-async def gateway(directory: Path, document: dict[str, object], *, program: str = "") -> AsyncIterator[GatewayProcess]:
-    """A gateway with this configuration until the block ends; then SIGTERM, and it must end well. `program` runs before it."""
+async def gateway(
+    directory: Path, document: dict[str, object], *, program: str = "", allow_errors: Collection[str] = (), judge: bool = True
+) -> AsyncIterator[GatewayProcess]:
+    """A gateway with this configuration until the block ends; then SIGTERM, and it must end well.
+
+    Its log must hold no error but those allowed, and nothing private, unless somebody else is the `judge`. `program` runs before
+    it, in its process.
+    """
     config, log = directory / "gateway.yaml", directory / "gateway.log"
     config.write_text(json.dumps({"listen": "127.0.0.1:0", **document}))
     script = f"{program}\nfrom gateway.cli import main\nmain()"
@@ -106,4 +98,9 @@ async def gateway(directory: Path, document: dict[str, object], *, program: str 
         except TimeoutError:
             process.kill()
             raise
-    assert process.returncode == 0, log.read_text()[-2000:]
+    text = log.read_text()
+    assert process.returncode == 0, text[-2000:]
+    if not judge:
+        return
+    assert not (errors := oracles.loud(text, allow_errors)), "\n".join(errors)[:5000]
+    assert not (words := oracles.private(text)), words[:10]

@@ -237,6 +237,7 @@ async def test_early_audio_waits_for_a_slow_service(launch: Launch) -> None:
     assert 32000 <= len(link.audio) <= 32000 + 32 * 4
 
 
+@pytest.mark.allow_errors("service_lost")
 async def test_a_service_that_is_not_there_ends_the_call_and_says_why(launch: Launch, log: list[Any]) -> None:
     server = await launch(services={"agent": {"kind": "websocket", "url": "ws://127.0.0.1:9/", "give_up_secs": 0.3}})
     async with TwilioMedia(stream_url(server, "twilio")) as call:
