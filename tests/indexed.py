@@ -65,6 +65,11 @@ class IndexedService:
     def configuration(self) -> dict[str, object]:
         return {"kind": "websocket", "url": self.url, "media_format": MULAW}
 
+    def forget(self, call_id: str) -> None:
+        """A call that was judged."""
+        for kept in (self.heard, self.said, self.stops):
+            kept.pop(call_id, None)
+
     async def __aenter__(self) -> IndexedService:
         app = web.Application()
         app.router.add_get("/", self._serve)
@@ -173,13 +178,14 @@ async def settled(callers: Sequence[IndexedCaller], service: IndexedService, sec
     """Until each end has heard what the other said, or nobody will any more."""
     loop = asyncio.get_running_loop()
     until = loop.time() + secs
-    while loop.time() < until:
-        if all(
-            service.heard[caller.call_id].frames == caller.frames and caller.heard.frames == service.said[caller.call_id]
-            for caller in callers
-            if caller.call_id in service.heard
-        ):
-            return
+
+    def done(caller: IndexedCaller) -> bool:
+        heard = service.heard.get(caller.call_id)
+        if heard is None:
+            return caller.closed.is_set()
+        return heard.frames == caller.frames and caller.heard.frames == service.said[caller.call_id]
+
+    while loop.time() < until and not all(done(caller) for caller in callers):  # noqa: ASYNC110 - two ends, two directions
         await asyncio.sleep(0.02)
 
 

@@ -123,7 +123,7 @@ async def run(
                     frames += sum(caller.frames for caller in neighbours)
                     for caller in neighbours:
                         await caller.hang_up()
-                    service.heard.clear()
+                        service.forget(caller.call_id)
             took = monotonic() - began
             cpu = running.cpu_seconds
             sent: Counter[str] = Counter()
