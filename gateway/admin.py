@@ -94,94 +94,60 @@ class Trouble(Exception):
         self.status = status
 
 
-class Admin:
-    """One process's operators' listener. `start`, then `stop`."""
+class Operators:
+    """An operators' listener, whatever is served there: who may ask, and how an answer looks. `start`, then `stop`."""
 
-    def __init__(
-        self,
-        house: Callable[[], House],
-        metrics: Metrics,
-        watchdog: Watchdog,
-        hooks: Hooks,
-        *,
-        listening: Callable[[], bool],
-        base_url: Callable[[], str],
-    ) -> None:
+    def __init__(self, address: str) -> None:
+        """`address` is host and port."""
         self.port = 0
-        self._house_now = house
-        self._metrics = metrics
-        self._watchdog = watchdog
-        self._hooks = hooks
-        self._listening = listening
-        self._base_url = base_url
         self._log: FilteringBoundLogger = structlog.get_logger("gateway.admin")
         self._remarks = Remarks(self._log.warning)
         self._runner: web.AppRunner | None = None
         self._began = asyncio.get_running_loop().time()
-        self._address = host_port(self._settings.admin or "127.0.0.1:0")
+        self._address = host_port(address)
+        self._private = False
 
     @property
-    def _house(self) -> House:
-        """A reload puts another one in its place."""
-        return self._house_now()
+    def settings(self) -> Settings:
+        """Those in force."""
+        raise NotImplementedError
 
-    @property
-    def _settings(self) -> Settings:
-        return self._house.settings
+    def count_refusal(self) -> None:
+        """Somebody came without the token."""
+        raise NotImplementedError
 
-    async def start(self) -> int:
-        """Listen. Returns the port. Raises OSError for an address that can't be used; its `filename` is the address."""
+    def _routes(self, app: web.Application) -> None:
+        raise NotImplementedError
+
+    async def start(self, path: str | None = None) -> int:
+        """Listen. Returns the port. Raises OSError for an address that can't be used; its `filename` is the address.
+
+        With `path`, listen on that Unix socket, for our own processes: nobody has to show anything.
+        """
+        self._private = path is not None
         app = web.Application(client_max_size=LARGEST_BODY, middlewares=[self._guard])
         app.router.add_get("/", self._index)
         app.router.add_get("/livez", self._live)
-        app.router.add_get("/readyz", self._ready)
-        app.router.add_get("/metrics", self._scrape)
-        app.router.add_get("/version", self._version)
-        app.router.add_get("/config", self._config)
-        app.router.add_get("/calls", self._calls)
-        app.router.add_post("/calls", self._place)
-        app.router.add_get("/calls/{session}", self._call)
-        app.router.add_post("/calls/{session}/listeners", self._attach)
-        app.router.add_delete("/calls/{session}/listeners/{service}", self._detach)
-        app.router.add_post("/calls/{session}/play", self._play)
-        app.router.add_post("/calls/{session}/{action}", self._control)
-        app.router.add_post("/drain", self._drain)
-        app.router.add_post("/reload", self._reload)
+        self._routes(app)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, keepalive_timeout=15.0)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, *self._address)
+        site = web.TCPSite(self._runner, *self._address) if path is None else web.UnixSite(self._runner, path)
         try:
             await site.start()
         except OSError as error:
             await self.stop()
-            raise OSError(error.errno, error.strerror, self._settings.admin) from None
-        self.port = int(self._runner.addresses[0][1])
-        self._log.info(
-            "admin_listening", address=f"{self._address[0]}:{self.port}", bearer=self._settings.admin_token is not None
-        )
+            raise OSError(error.errno, error.strerror, path or self.settings.admin) from None
+        if path is None:
+            self.port = int(self._runner.addresses[0][1])
+            self._log.info(
+                "admin_listening", address=f"{self._address[0]}:{self.port}", bearer=self.settings.admin_token is not None
+            )
         return self.port
 
     async def stop(self) -> None:
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
-
-    def reasons(self) -> list[dict[str, str]]:
-        """Why this process should get no new calls; none if it should."""
-        admission, limit = self._house.door.admission, self._settings.max_calls
-        found = []
-        if not self._listening():
-            found.append(("not_listening", "carriers can't connect: the listener is not open"))
-        if self._hooks.draining:
-            found.append(("draining", "the process is ending its calls and takes no new ones"))
-        if admission.calls >= limit:
-            found.append(("full", f"{admission.calls} of {limit} calls (max_calls)"))
-        if self._watchdog.overloaded():
-            found.append(("loop_lag", f"the event loop is late, lately by up to {self._watchdog.worst() * 1000:.0f} ms"))
-        found += self._watchdog.meter.over(self._settings)
-        return [{"reason": reason, "detail": detail} for reason, detail in found]
-
-    # --- who may ask ---
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -210,7 +176,9 @@ class Admin:
 
     def _admit(self, request: web.Request) -> None:
         """Raises Trouble. A browser's request is let in only from a page of this very listener."""
-        token = self._settings.admin_token
+        if self._private:
+            return
+        token = self.settings.admin_token
         host = request.headers.get("Host", "")
         if token is None and not self._is_ours(host):
             # A name that some page has made to point here (DNS rebinding): without a token, that page would be let in.
@@ -222,7 +190,7 @@ class Admin:
             kind, _, given = request.headers.get("Authorization", "").partition(" ")
             matches = hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), token.encode())
             if kind.lower() != "bearer" or not matches:
-                self._house.totals.refuse("admin", "token")
+                self.count_refusal()
                 self._remarks.tell("admin_refused", asyncio.get_running_loop().time(), peer=request.remote)
                 raise Trouble(401, "show the configuration's admin_token: Authorization: Bearer …")
 
@@ -233,14 +201,86 @@ class Admin:
             return False
         return is_loopback(name) or name == self._address[0]
 
-    # --- health ---
-
     async def _index(self, request: web.Request) -> web.Response:
         routes = {f"{route.method} {route.resource.canonical}" for route in request.app.router.routes() if route.resource}
         return _json({"endpoints": sorted(route for route in routes if not route.startswith("HEAD"))})
 
     async def _live(self, _: web.Request) -> web.Response:
         return _json({"alive": True})
+
+
+class Admin(Operators):
+    """One process's operators' listener."""
+
+    def __init__(
+        self,
+        house: Callable[[], House],
+        metrics: Metrics,
+        watchdog: Watchdog,
+        hooks: Hooks,
+        *,
+        listening: Callable[[], bool],
+        base_url: Callable[[], str],
+    ) -> None:
+        self._house_now = house
+        super().__init__(house().settings.admin or "127.0.0.1:0")
+        self._metrics = metrics
+        self._watchdog = watchdog
+        self._hooks = hooks
+        self._listening = listening
+        self._base_url = base_url
+
+    @property
+    def _house(self) -> House:
+        """A reload puts another one in its place."""
+        return self._house_now()
+
+    @property
+    def _settings(self) -> Settings:
+        return self._house.settings
+
+    def _routes(self, app: web.Application) -> None:
+        app.router.add_get("/readyz", self._ready)
+        app.router.add_get("/metrics", self._scrape)
+        if self._private:
+            app.router.add_get("/sums", self._sums)
+        app.router.add_get("/version", self._version)
+        app.router.add_get("/config", self._config)
+        app.router.add_get("/calls", self._calls)
+        app.router.add_post("/calls", self._place)
+        app.router.add_get("/calls/{session}", self._call)
+        app.router.add_post("/calls/{session}/listeners", self._attach)
+        app.router.add_delete("/calls/{session}/listeners/{service}", self._detach)
+        app.router.add_post("/calls/{session}/play", self._play)
+        app.router.add_post("/calls/{session}/{action}", self._control)
+        app.router.add_post("/drain", self._drain)
+        app.router.add_post("/reload", self._reload)
+
+    @property
+    def settings(self) -> Settings:
+        """Those in force."""
+        return self._settings
+
+    def count_refusal(self) -> None:
+        """See `Operators`."""
+        self._house.totals.refuse("admin", "token")
+
+    def reasons(self) -> list[dict[str, str]]:
+        """Why this process should get no new calls; none if it should."""
+        admission, limit = self._house.door.admission, self._settings.max_calls
+        found = []
+        if not self._listening():
+            found.append(("not_listening", "carriers can't connect: the listener is not open"))
+        if self._hooks.draining:
+            found.append(("draining", "the process is ending its calls and takes no new ones"))
+        if admission.calls >= limit:
+            found.append(("full", f"{admission.calls} of {limit} calls (max_calls)"))
+        if self._watchdog.overloaded():
+            found.append(("loop_lag", f"the event loop is late, lately by up to {self._watchdog.worst() * 1000:.0f} ms"))
+        found += self._watchdog.meter.over(self._settings)
+        return [{"reason": reason, "detail": detail} for reason, detail in found]
+
+    # --- health ---
 
     async def _ready(self, _: web.Request) -> web.Response:
         reasons = self.reasons()
@@ -253,6 +293,9 @@ class Admin:
     async def _scrape(self, request: web.Request) -> web.Response:
         body, content_type = self._metrics.text(request.headers.get("Accept", ""))
         return web.Response(body=body, headers={"Content-Type": content_type})
+
+    async def _sums(self, _: web.Request) -> web.Response:
+        return _json(self._metrics.packed())
 
     async def _config(self, _: web.Request) -> web.Response:
         return _json(redacted(self._settings))

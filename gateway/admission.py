@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import Protocol
 
 Network = IPv4Network | IPv6Network
 
@@ -25,8 +26,34 @@ class Refusal(StrEnum):
     PENDING = "pending"
 
 
+class Others(Protocol):
+    """Processes that have the same `max_calls` as this one; it tells what it has, and asks how many there are in all."""
+
+    @property
+    def workers(self) -> int:
+        """How many processes there are; each has its share of the other limits."""
+
+    def total(self) -> int:
+        """Slots taken, in all processes."""
+
+    def set_active(self, calls: int) -> None:
+        """So many calls have a stream here."""
+
+    def reserve(self, call_id: str) -> None:
+        """A slot is reserved here."""
+
+    def release(self, call_id: str) -> None:
+        """That reservation is over, or its call has a stream here."""
+
+    def claim(self, call_id: str) -> bool:
+        """Take over the reservation that another process has made for this call, if one has."""
+
+    def claimed(self) -> list[str]:
+        """Reservations of this process that others have taken over since the last question."""
+
+
 class Admission:
-    """Counts calls and connections of one process.
+    """Counts calls and connections of one process, and with `others` the calls of all of them.
 
     A call has one slot from the webhook (`reserve`) over its streams (`started`) to the last one's end (`ended`). A connection
     is pending from `connect` until either `started` or `connection_over`: whoever gets None from `connect` calls exactly one
@@ -34,8 +61,14 @@ class Admission:
     """
 
     def __init__(
-        self, max_calls: int, max_calls_per_second: float, max_pending_per_address: int, reserve_secs: float = 15.0
+        self,
+        max_calls: int,
+        max_calls_per_second: float,
+        max_pending_per_address: int,
+        reserve_secs: float = 15.0,
+        others: Others | None = None,
     ) -> None:
+        self._others = others
         self.refused: Counter[Refusal] = Counter()
         """How often each refusal was given."""
         self._tokens = float("inf")
@@ -50,20 +83,21 @@ class Admission:
 
     def limit(self, max_calls: int, max_calls_per_second: float, max_pending_per_address: int) -> None:
         """Other limits from now on. Whoever is in stays in, also above them."""
+        workers = self._others.workers if self._others is not None else 1
         self._max_calls = max_calls
-        self._rate = max_calls_per_second
-        self._burst = max(1.0, max_calls_per_second)
+        self._rate = max_calls_per_second / workers
+        self._burst = max(1.0, self._rate)
         self._tokens = min(self._tokens, self._burst)
-        self._max_pending_per_address = max_pending_per_address
+        self._max_pending_per_address = max_pending_per_address = -(-max_pending_per_address // workers)
         self._max_pending = max(2 * max_calls, max_pending_per_address)
 
     @property
     def calls(self) -> int:
-        """Slots taken: reserved ones, as of the last question, and active calls."""
+        """Slots taken here: reserved ones, as of the last question, and active calls."""
         return len(self._reserved) + len(self._active)
 
     def held(self, now: float) -> int:
-        """Slots taken at this moment."""
+        """Slots taken here at this moment."""
         self._expire(now)
         return self.calls
 
@@ -89,12 +123,12 @@ class Admission:
             self._renewed.add(call_id)  # its next stream may be asked for before the last one has ended
             return None
         self._expire(now)
-        if self._reserved.pop(call_id, None) is None:
-            if self.calls >= self._max_calls:
+        if not self._unreserve(call_id):
+            if self._full():
                 return self._refuse(Refusal.MAX_CALLS)
             if not self._take(now):
                 return self._refuse(Refusal.RATE)
-        self._reserved[call_id] = now + self._reserve_secs
+        self._reserve(call_id, now)
         return None
 
     def connect(self, address: str, now: float) -> Refusal | None:
@@ -114,15 +148,16 @@ class Admission:
     def started(self, call_id: str, address: str, now: float) -> Refusal | None:
         """A pending connection's start frame has come. None: the stream is on; call `ended` with its call id when it is over.
 
-        A call without a reservation (another process answered its webhook, or it took too long) gets a slot if there is one.
+        A call without a reservation (another host answered its webhook, or it took too long) gets a slot if there is one.
         In every case the connection is no longer pending.
         """
         self.connection_over(address)
         self._expire(now)
         streams = self._active.get(call_id, 0)
-        if not streams and self._reserved.pop(call_id, None) is None and self.calls >= self._max_calls:
+        if not streams and not self._unreserve(call_id) and self._full():
             return self._refuse(Refusal.MAX_CALLS)
         self._active[call_id] = streams + 1
+        self._tell()
         self._renewed.discard(call_id)
         return None
 
@@ -143,18 +178,42 @@ class Admission:
             self._active[call_id] = streams - 1
         elif call_id in self._renewed:
             self._renewed.discard(call_id)
-            self._reserved[call_id] = now + self._reserve_secs
+            self._reserve(call_id, now)
+        self._tell()
+
+    def _reserve(self, call_id: str, now: float) -> None:
+        self._reserved[call_id] = now + self._reserve_secs
+        if self._others is not None:
+            self._others.reserve(call_id)
+
+    def _unreserve(self, call_id: str) -> bool:
+        """Whether a slot was reserved for this call, here or by another process; it no longer is."""
+        if self._reserved.pop(call_id, None) is None:
+            return self._others is not None and self._others.claim(call_id)
+        if self._others is not None:
+            self._others.release(call_id)
+        return True
+
+    def _full(self) -> bool:
+        return (self.calls if self._others is None else self._others.total()) >= self._max_calls
+
+    def _tell(self) -> None:
+        if self._others is not None:
+            self._others.set_active(len(self._active))
 
     def _refuse(self, refusal: Refusal) -> Refusal:
         self.refused[refusal] += 1
         return refusal
 
     def _expire(self, now: float) -> None:
+        if self._others is not None:
+            for call_id in self._others.claimed():
+                self._reserved.pop(call_id, None)
         while self._reserved:
             call_id, until = next(iter(self._reserved.items()))
             if until > now:
                 return
-            del self._reserved[call_id]
+            self._unreserve(call_id)
 
     def _take(self, now: float) -> bool:
         """One from the bucket, which holds one second's worth."""

@@ -7,10 +7,10 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 from urllib.parse import urlencode
 
 import click
@@ -45,13 +45,14 @@ from gateway.callreport import CallReport
 from gateway.conformance.command import examine
 from gateway.errors import ConfigError
 from gateway.events import COMMAND_NAMES, Command, Event, Message
+from gateway.front import Front
+from gateway.host import run
 from gateway.provider import Provider, SignedRequest
 from gateway.reload import Reload, load_providers
 from gateway.server import Server
 from gateway.settings import Settings, host_port
+from gateway.supervisor import STOP_SECS, NotStarted, Supervisor
 from gateway.systemd import Systemd
-
-Result = TypeVar("Result")
 
 
 class _Seconds(click.FloatRange):
@@ -65,9 +66,6 @@ class _Seconds(click.FloatRange):
 
 
 SECONDS = _Seconds(0, 3600)
-
-STOP_SECS = 10.0
-"""What the end takes at most once calls have been told to end."""
 
 EXIT_CONFIG = 78
 """EX_CONFIG of sysexits.h."""
@@ -85,20 +83,33 @@ def main() -> None:
 
 @main.command()
 @click.option("--config", "-c", "path", required=True, type=click.Path(path_type=Path), help="The YAML configuration.")
-def serve(path: Path) -> None:
+@click.option("--workers", type=click.IntRange(1, 64), help="Processes that take calls. Default: one per processor.")
+def serve(path: Path, workers: int | None) -> None:
     """Run the gateway until SIGTERM or Ctrl-C. SIGHUP reads FILE again, for new calls; one with mistakes is refused.
 
     Told to end, it takes no new calls and waits for those that there are, for `drain_secs`. Told twice, it ends at once.
 
+    Several workers have a supervisor, which replaces one that dies; on SIGUSR2 it replaces them all, one by one, without losing a
+    call. With one worker there is this process alone.
+
     \b
     Try it without an account:  telephony-gateway serve --config config/gateway.dev.yaml
     """
-    settings, warnings = _examined(path)
+    try:
+        text = config.read_file(path)
+        settings, warnings = config.examine_text(text, source=str(path))
+    except ConfigError as error:
+        click.echo(str(error), err=True)
+        sys.exit(EXIT_CONFIG)
     logs.configure(level=settings.log_level)
     for warning in warnings:
         structlog.get_logger("gateway").warning("configuration_doubtful", problem=warning)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # it would hold every secret
-    sys.exit(run(_serve(settings, path)))
+    several = sys.platform == "linux"
+    if workers is not None and workers > 1 and not several:
+        raise click.UsageError("several workers need Linux")
+    workers = workers or (host.cores() if several else 1)
+    sys.exit(run(_supervise(settings, text, path, workers) if workers > 1 else _serve(settings, path)))
 
 
 @main.command()
@@ -487,19 +498,6 @@ def feature_matrix() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def run(main_coroutine: Coroutine[Any, Any, Result]) -> Result:
-    """Run on uvloop where there is one: a fifth less CPU per frame."""
-    factory: Callable[[], asyncio.AbstractEventLoop] | None
-    try:
-        import uvloop  # noqa: PLC0415  absent where it can't run
-    except ImportError:
-        factory = None
-    else:
-        factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(main_coroutine)
-
-
 def make_server(settings: Settings) -> Server:
     """A server with its providers loaded."""
     return Server(settings, load_providers(settings), config.dialect)
@@ -542,6 +540,22 @@ async def _serve(settings: Settings, path: Path) -> int:
     structlog.get_logger("gateway").info("stopping", live_streams=len(server.streams))
     await server.stop()
     return 0
+
+
+async def _supervise(settings: Settings, text: str, path: Path, workers: int) -> int:
+    host.raise_fd_limit(settings.max_calls, structlog.get_logger("gateway"))
+    supervisor = Supervisor(path, text, settings, workers)
+
+    async def open_front() -> Callable[[], Awaitable[None]]:
+        front = Front(supervisor)
+        if settings.admin is not None:
+            try:
+                await front.start()
+            except OSError as error:
+                raise NotStarted(1, f"can't listen on {error.filename}: {error.strerror or error}") from None
+        return front.stop
+
+    return await supervisor.run(open_front)
 
 
 async def _reload_when(again: asyncio.Event, reload: Reload) -> None:

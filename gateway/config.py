@@ -53,6 +53,11 @@ def parse(text: str, *, source: str = "<text>", environ: Mapping[str, str] | Non
 
 def examine(path: str | Path, *, environ: Mapping[str, str] | None = None) -> tuple[Settings, list[str]]:
     """Like `load`, with warnings: `file:line:column: warning: …`, what works and is probably not meant."""
+    return examine_text(read_file(path), source=str(path), environ=environ)
+
+
+def read_file(path: str | Path) -> str:
+    """The text of a configuration file. Raises ConfigError."""
     try:
         with Path(path).open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -60,12 +65,11 @@ def examine(path: str | Path, *, environ: Mapping[str, str] | None = None) -> tu
         reason = error.strerror if isinstance(error, OSError) else "not a path"
         raise ConfigError(f"{printable(str(path))}: can't be read: {reason}") from None
     try:
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = raw[: error.start].decode("utf-8-sig", "replace")
         place = f"{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
         raise ConfigError(f"{printable(str(path))}:{place}: not UTF-8: byte 0x{raw[error.start]:02x}; save it as UTF-8") from None
-    return examine_text(text, source=str(path), environ=environ)
 
 
 def examine_text(text: str, *, source: str = "<text>", environ: Mapping[str, str] | None = None) -> tuple[Settings, list[str]]:

@@ -19,6 +19,7 @@ from gateway.events import Start
 from gateway.ledger import Book, Ledger
 from gateway.provider import Call, Provider, SignedRequest
 from gateway.settings import Settings
+from gateway.shares import Shares
 from gateway.tokens import NONCE_BYTES, Ticket, TokenError, Tokens
 
 REMARK_SECS = 1.0
@@ -56,17 +57,20 @@ class Door:
         remarks: Remarks | None = None,
         *,
         ledger: Book | None = None,
+        shares: Shares | None = None,
     ) -> None:
         """`ledger` is what doors of one secret remember together; without one, this host's."""
         self._settings = settings
         self._providers = providers
         self._log = log
         # Without a secret only loopback is served, and a restart may well forget the streams it has named.
-        self.secret = settings.secret or secrets.token_hex(32)
+        self.secret = settings.secret or (shares.secret if shares is not None else secrets.token_hex(32))
         self._tokens = Tokens(self.secret)
         self._ledger: Book = ledger if ledger is not None else Ledger(self.secret)
         self._trusted = networks(settings.trusted_proxies)
-        self.admission = Admission(settings.max_calls, settings.max_calls_per_second, settings.max_pending_per_address)
+        self.admission = Admission(
+            settings.max_calls, settings.max_calls_per_second, settings.max_pending_per_address, others=shares
+        )
         self.remarks = remarks or Remarks(log.warning)
         self._forwarded_unbelieved = False
         if self._ledger.problem:

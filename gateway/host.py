@@ -1,12 +1,14 @@
-"""What the host grants this process: file descriptors, memory, processor time, bandwidth; and how much of it is used."""
+"""What the host grants this process: file descriptors, memory, processors, bandwidth, an event loop; and how much is used."""
 
 from __future__ import annotations
 
+import asyncio
+import os
 import resource
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from structlog.typing import FilteringBoundLogger
 
@@ -23,6 +25,30 @@ CALL_FDS = 3
 
 OTHER_FDS = 100
 """Listeners, logs, name servers, operators, handshakes that come to nothing."""
+
+
+Result = TypeVar("Result")
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
+
+
+def run(main_coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """Run on uvloop where there is one: a fifth less CPU per frame."""
+    factory: Callable[[], asyncio.AbstractEventLoop] | None
+    try:
+        import uvloop  # noqa: PLC0415  absent where it can't run
+    except ImportError:
+        factory = None
+    else:
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(main_coroutine)
 
 
 def raise_fd_limit(max_calls: int, log: FilteringBoundLogger) -> int:

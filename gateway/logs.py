@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import msgspec
@@ -76,10 +76,11 @@ _QUOTED = re.compile(
 )
 
 
-def configure(*, json: bool | None = None, level: Level = "info", colors: bool | None = None) -> None:
+def configure(*, json: bool | None = None, level: Level = "info", colors: bool | None = None, worker: int | None = None) -> None:
     """Sets up logging for this process; call it once, before the first event.
 
     `json` None means: JSON lines unless stderr is a terminal; `colors` None: only on a terminal, and never under NO_COLOR.
+    `worker` is the slot of one of several, and is in each line.
     """
     terminal = sys.stderr.isatty()
     as_json = not terminal if json is None else json
@@ -87,7 +88,9 @@ def configure(*, json: bool | None = None, level: Level = "info", colors: bool |
     if not as_json:
         painted = terminal and not os.environ.get("NO_COLOR") if colors is None else colors
         render = console(colors=bool(painted))
+    named: list[Processor] = [partial(_of_worker, worker)] if worker is not None else []
     chain: list[Processor] = [
+        *named,
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -104,9 +107,14 @@ def configure(*, json: bool | None = None, level: Level = "info", colors: bool |
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _Foreign)]:
         root.removeHandler(handler)
-    root.addHandler(_Foreign(chain[2:]))
+    root.addHandler(_Foreign([*named, *chain[len(named) + 2 :]]))
     root.setLevel(_LEVELS[level])
     logging.getLogger("aiohttp.access").disabled = True  # it prints paths, and stream paths hold tokens
+
+
+def _of_worker(worker: int, _logger: Any, _method: str, event: EventDict) -> EventDict:
+    event["worker"] = worker
+    return event
 
 
 def mask_number(number: str) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import add
 from typing import NamedTuple
 
+from msgspec import Struct
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -36,6 +38,14 @@ class Family(NamedTuple):
 
     help: str
     labels: Labels = ()
+
+
+class Gauge(NamedTuple):
+    """The same of a gauge, and what it is of several workers: the sum, the greatest or the least."""
+
+    help: str
+    labels: Labels = ()
+    join: Callable[[float, float], float] = add
 
 
 class Spread(NamedTuple):
@@ -67,6 +77,8 @@ COUNTERS = {
         ("provider", "request", "result"),
     ),
     "telephony_reloads": Family("Readings of the configuration while calls went on, by outcome", ("outcome",)),
+    "telephony_event_loop_blocked": Family("How often the event loop was late by more than 100 ms"),
+    "telephony_worker_exits": Family("Workers that have ended: asked to, or of themselves (died)", ("how",)),
     "telephony_auth_failures": Family("Requests without a good signature, token or password", ("provider", "reason")),
 }
 """Their names as Prometheus has them end in `_total`."""
@@ -80,36 +92,50 @@ HISTOGRAMS = {
         ("provider", "direction"),
     ),
     "telephony_time_to_silence_seconds": Spread(LATENCY_SECS, "From a clear until the carrier was told", ("provider",)),
+    "telephony_event_loop_lag_seconds": Spread(LAG_SECS, "How late the event loop was, looked at twenty times a second"),
     "telephony_service_recovery_seconds": Spread(WAIT_SECS, "How long services were away that came back", ("service",)),
 }
 
 GAUGES = {
-    "telephony_build_info": Family("Which version this is; always 1", ("version", "python")),
-    "telephony_calls_active": Family("Streams that were let in and have not ended", ("provider",)),
-    "telephony_call_slots": Family("Calls that count against the limit: active ones, and those whose stream is due"),
-    "telephony_call_slots_limit": Family("max_calls"),
-    "telephony_connections_pending": Family("Carriers' connections that have not sent their start frame"),
-    "telephony_service_calls": Family("Calls by the service that has them, or is to have them", ("service", "state")),
-    "telephony_service_lag_max_seconds": Family(
-        "Callers' audio that a service is behind, of the call that is most", ("service",)
+    "telephony_build_info": Gauge("Which version this is; always 1", ("version", "python"), max),
+    "telephony_calls_active": Gauge("Streams that were let in and have not ended", ("provider",)),
+    "telephony_call_slots": Gauge("Calls that count against the limit: active ones, and those whose stream is due"),
+    "telephony_call_slots_limit": Gauge("max_calls", join=max),
+    "telephony_connections_pending": Gauge("Carriers' connections that have not sent their start frame"),
+    "telephony_service_calls": Gauge("Calls by the service that has them, or is to have them", ("service", "state")),
+    "telephony_service_lag_max_seconds": Gauge(
+        "Callers' audio that a service is behind, of the call that is most", ("service",), max
     ),
-    "telephony_listener_calls": Family("Calls that a service listens to, or is to", ("service", "state")),
-    "telephony_listener_lag_max_seconds": Family("Audio that waits for a listener, on the call where it is most", ("service",)),
-    "telephony_playout_queued_seconds": Family("Audio that waits to be played, over all calls", ("provider",)),
-    "telephony_playout_queued_max_seconds": Family("The same, of the call that has most", ("provider",)),
-    "telephony_load_ratio": Family(
-        "Used of what there is: cpu (by this process, of one processor), host_cpu, memory (of the limit)", ("resource",)
+    "telephony_listener_calls": Gauge("Calls that a service listens to, or is to", ("service", "state")),
+    "telephony_listener_lag_max_seconds": Gauge(
+        "Audio that waits for a listener, on the call where it is most", ("service",), max
     ),
-    "telephony_draining": Family("1 while the process ends its calls and takes no new ones"),
-    "telephony_tls_expiry_timestamp_seconds": Family("When our own certificate expires, in seconds since 1970"),
-    "telephony_event_loop_lag_worst_seconds": Family("The event loop's greatest lag within ten seconds"),
+    "telephony_playout_queued_seconds": Gauge("Audio that waits to be played, over all calls", ("provider",)),
+    "telephony_playout_queued_max_seconds": Gauge("The same, of the call that has most", ("provider",), max),
+    "telephony_load_ratio": Gauge(
+        "Used of what there is: cpu (by this process, of one processor), host_cpu, memory (of the limit)", ("resource",), max
+    ),
+    "telephony_workers": Gauge("Worker processes: live ones, and those that let their calls end (leaving)", ("state",)),
+    "telephony_draining": Gauge("1 while the process ends its calls and takes no new ones", join=max),
+    "telephony_tls_expiry_timestamp_seconds": Gauge("When our own certificate expires, in seconds since 1970", join=min),
+    "telephony_event_loop_lag_worst_seconds": Gauge("The event loop's greatest lag within ten seconds", join=max),
 }
 
-WATCHDOG_LAG = (
-    "telephony_event_loop_lag_seconds",
-    Spread(LAG_SECS, "How late the event loop was, looked at twenty times a second"),
-)
-WATCHDOG_BLOCKED = "telephony_event_loop_blocked", Family("How often the event loop was late by more than 100 ms")
+PROCESS_JOINS: dict[str, Callable[[float, float], float]] = {
+    "process_start_time_seconds": min,
+    "process_max_fds": min,
+}
+"""Of the metrics of processes those that are not summed up."""
+
+
+class Packed(Struct):
+    """`Sums` for another process."""
+
+    counts: dict[str, list[tuple[Labels, float]]]
+    spreads: dict[str, list[tuple[Labels, list[int], float]]]
+    gauges: dict[str, list[tuple[Labels, float]]]
+    process: dict[str, float] = {}
+    """Of the process itself, by name."""
 
 
 class Sums:
@@ -143,6 +169,44 @@ class Sums:
             for labels, buckets in spreads.items():
                 twin.spread(name, *labels, by=buckets)
         return twin
+
+    def merge(self, other: Sums, *, gauges: bool = True) -> None:
+        """Add what another process has counted; without `gauges` it is one that has ended, and holds nothing."""
+        for name, counter in other.counts.items():
+            for labels, value in counter.items():
+                self.count(name, *labels, by=value)
+        for name, spreads in other.spreads.items():
+            for labels, buckets in spreads.items():
+                self.spread(name, *labels, by=buckets)
+        for name, values in other.gauges.items() if gauges else ():
+            mine = self.gauges[name]
+            for labels, level in values.items():
+                labels = _capped(labels, mine)
+                mine[labels] = GAUGES[name].join(mine[labels], level) if labels in mine else level
+
+    def pack(self) -> Packed:
+        return Packed(
+            {name: [*values.items()] for name, values in self.counts.items() if values},
+            {name: [(labels, each.counts, each.sum) for labels, each in of.items()] for name, of in self.spreads.items() if of},
+            {name: [*values.items()] for name, values in self.gauges.items() if values},
+        )
+
+    @classmethod
+    def unpack(cls, packed: Packed) -> Sums:
+        """What `pack` had. What only another version knows is left out."""
+        sums = cls()
+        for name, values in packed.counts.items():
+            if name in COUNTERS:
+                sums.counts[name].update(dict(values))
+        for name, spreads in packed.spreads.items():
+            if name in HISTOGRAMS and all(len(counts) == len(HISTOGRAMS[name].bounds) + 1 for _, counts, _ in spreads):
+                for labels, counts, total in spreads:
+                    buckets = sums.spreads[name][labels] = Buckets(HISTOGRAMS[name].bounds)
+                    buckets.counts, buckets.sum = counts, total
+        for name, values in packed.gauges.items():
+            if name in GAUGES:
+                sums.gauges[name].update(dict(values))
+        return sums
 
     def stream(self, figures: Figures) -> None:
         """What a stream, live or ended, has counted."""
@@ -269,7 +333,18 @@ class Metrics(Collector):
         """Nothing: registering must not collect."""
         return []
 
+    def packed(self) -> Packed:
+        """All metrics, to be added to those of other processes."""
+        packed = self.sums().pack()
+        packed.process = process_figures()
+        return packed
+
     def collect(self) -> Iterator[Metric]:
+        """For the registry."""
+        return families(self.sums())
+
+    def sums(self) -> Sums:
+        """What the process counts and holds, at this moment."""
         sums, standing, watchdog = self._totals.sums.copy(), self._standing(), self._watchdog
         for name in self._providers:  # a rate needs a zero to begin with
             for counted in ("telephony_gap_seconds", "telephony_dropped_seconds", "telephony_underruns", "telephony_unstarted"):
@@ -290,24 +365,70 @@ class Metrics(Collector):
             sums.raise_("telephony_load_ratio", which, by=share)
         if standing.tls_not_after is not None:
             sums.raise_("telephony_tls_expiry_timestamp_seconds", by=standing.tls_not_after)
-        for name, family in COUNTERS.items():
-            yield _counter(name, family, sums.counts[name])
-        for name, spread in HISTOGRAMS.items():
-            yield _histogram(name, spread, sums.spreads[name])
-        for name, family in GAUGES.items():
-            gauge = GaugeMetricFamily(name, family.help, labels=family.labels)
-            for labels, value in sums.gauges[name].items():
-                gauge.add_metric(labels, value)
-            yield gauge
-        yield _histogram(*WATCHDOG_LAG, {(): watchdog.lag})
-        yield _counter(*WATCHDOG_BLOCKED, {(): watchdog.blocked})
+        sums.spread("telephony_event_loop_lag_seconds", by=watchdog.lag)
+        sums.count("telephony_event_loop_blocked", by=watchdog.blocked)
+        return sums
+
+
+class Merged(Collector):
+    """The metrics of several processes as one."""
+
+    def __init__(self, sums: Sums, process: Mapping[str, float]) -> None:
+        self._sums = sums
+        self._process = process
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def text(self, accept: str = "") -> tuple[bytes, str]:
+        """See `Metrics.text`."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: registering must not collect."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """For the registry."""
+        yield from families(self._sums)
+        for name, value in self._process.items():
+            if name.endswith("_total"):
+                yield CounterMetricFamily(name, f"{name}, of all processes", value=value)
+            else:
+                yield GaugeMetricFamily(name, f"{name}, of all processes", value=value)
+
+
+def process_figures() -> dict[str, float]:
+    """What the system says of this process, by metric."""
+    registry = CollectorRegistry()
+    metrics = ProcessCollector(registry=registry).collect()
+    return {sample.name: sample.value for metric in metrics for sample in metric.samples}
+
+
+def join_processes(mine: dict[str, float], other: Mapping[str, float]) -> None:
+    """Add another process's figures to `mine`."""
+    for name, value in other.items():
+        join = PROCESS_JOINS.get(name)
+        mine[name] = mine.get(name, 0.0) + value if join is None else join(mine.get(name, value), value)
+
+
+def families(sums: Sums) -> Iterator[Metric]:
+    """As Prometheus takes them."""
+    for name, family in COUNTERS.items():
+        yield _counter(name, family, sums.counts[name])
+    for name, spread in HISTOGRAMS.items():
+        yield _histogram(name, spread, sums.spreads[name])
+    for name, about in GAUGES.items():
+        gauge = GaugeMetricFamily(name, about.help, labels=about.labels)
+        for labels, value in sums.gauges[name].items():
+            gauge.add_metric(labels, value)
+        yield gauge
 
 
 def names() -> set[str]:
     """Every name that a query may use, but for those of the process itself (`process_…`)."""
-    lag, blocked = WATCHDOG_LAG[0], WATCHDOG_BLOCKED[0]
-    spread = {f"{name}_{part}" for name in (*HISTOGRAMS, lag) for part in ("bucket", "count", "sum")}
-    return {*GAUGES, *spread, *(f"{name}_total" for name in (*COUNTERS, blocked))}
+    spread = {f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "count", "sum")}
+    return {*GAUGES, *spread, *(f"{name}_total" for name in COUNTERS)}
 
 
 def _add(sums: Sums, name: str, provider: str, value: float) -> None:

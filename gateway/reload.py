@@ -47,12 +47,15 @@ class Reload:
         self._turn = asyncio.Lock()
         self._log = structlog.get_logger("gateway")
 
-    async def __call__(self) -> Reloaded:
-        """Read the file and go by it. Raises ConfigError with every finding; then nothing has changed, and the log says why."""
+    async def __call__(self, text: str | None = None) -> Reloaded:
+        """Read the file and go by it. Raises ConfigError with every finding; then nothing has changed, and the log says why.
+
+        `text` is what stands in the file, if it has been read.
+        """
         async with self._turn:
             try:
                 # Not here: names and secrets may lie on slow file systems, and calls go on meanwhile.
-                new, made, warnings = await asyncio.to_thread(_read, self._path)
+                new, made, warnings = await asyncio.to_thread(examine, self._path, text)
                 old = self._server.settings
                 merged, kept = merge(old, new)
             except ConfigError as error:
@@ -94,8 +97,9 @@ def merge(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
     return merged, kept
 
 
-def _read(path: Path) -> tuple[Settings, dict[str, Provider], list[str]]:
-    settings, warnings = config.examine(path)
+def examine(path: Path, text: str | None = None) -> tuple[Settings, dict[str, Provider], list[str]]:
+    """What a file (or its `text`) says, its providers made, and warnings. Raises ConfigError for whatever could not be served."""
+    settings, warnings = config.examine_text(config.read_file(path) if text is None else text, source=str(path))
     if settings.tls is not None:
         tls.load(settings.tls)
     try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from gateway.routing import match
 from gateway.services.dialect import Dialects, no_dialects
 from gateway.services.dialler import Dialler
 from gateway.settings import Route, Settings, host_port
+from gateway.shares import Shares
 from gateway.stream import FAREWELL_SECS, House, Stream
 from gateway.tls import CHECK_SECS, Certificate
 from gateway.tokens import LEEWAY_SECS, LIFETIME_SECS, Ticket
@@ -71,13 +73,30 @@ class Rules(NamedTuple):
     providers: Mapping[str, Provider]
 
 
+class Place(NamedTuple):
+    """What a server is given that is one of several: listening sockets, who else is there, a path for `Admin` to listen at."""
+
+    sockets: Sequence[socket.socket]
+    shares: Shares
+    admin: str
+
+
 class Server:
     """The carriers' listener. `start`, then serve until `stop`, which ends live streams with reason `drain`."""
 
-    def __init__(self, settings: Settings, providers: Mapping[str, Provider], dialects: Dialects = no_dialects) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        providers: Mapping[str, Provider],
+        dialects: Dialects = no_dialects,
+        place: Place | None = None,
+    ) -> None:
         self.settings = settings
         self.providers = providers
         self._dialects = dialects
+        self._place = place
+        self.retired = False
+        """Whether it accepts no more, for another process does."""
         self.bus = Bus()
         self.port = 0
         self.house: House
@@ -87,7 +106,7 @@ class Server:
         """Runs if there is an `admin`, or whoever made the server starts it. `stop` ends it."""
         self.admin: Admin | None = None
         self._runner: web.AppRunner | None = None
-        self._listener: asyncio.Server | None = None
+        self._listeners: list[asyncio.Server] = []
         self._porters: Porters | None = None
         self._certificate: Certificate | None = None
         self._next_check: asyncio.TimerHandle | None = None
@@ -108,7 +127,7 @@ class Server:
             self._certificate = Certificate(self.settings.tls, self._log)
         tracer = open_tracer(self.settings.tracing)
         remarks, totals = Remarks(self._log.warning), Totals()
-        door = Door(self.settings, self.providers, self._log, remarks)
+        door = Door(self.settings, self.providers, self._log, remarks, shares=self._place.shares if self._place else None)
         self.house = House(
             settings=self.settings,
             bus=self.bus,
@@ -145,30 +164,35 @@ class Server:
         host, port = host_port(self.settings.listen)
         handler: Any = self._runner.server
         self._porters = Porters(handler, self._admits)
+        wheres: list[dict[str, Any]] = [{"host": host, "port": port}]
+        if self._place is not None:
+            wheres = [{"sock": each} for each in self._place.sockets]
         try:
-            self._listener = await loop.create_server(
-                self._porters,
-                host,
-                port,
-                backlog=BACKLOG,
-                ssl=self._certificate.context if self._certificate else None,
-                ssl_handshake_timeout=HANDSHAKE_SECS if self._certificate else None,
-            )
+            for where in wheres:
+                listener = await loop.create_server(
+                    self._porters,
+                    **where,
+                    backlog=BACKLOG,
+                    ssl=self._certificate.context if self._certificate else None,
+                    ssl_handshake_timeout=HANDSHAKE_SECS if self._certificate else None,
+                )
+                self._listeners.append(listener)
         except OSError:
             await self.stop()
             raise
-        self.port = int(self._listener.sockets[0].getsockname()[1])
+        self.port = int(self._listeners[0].sockets[0].getsockname()[1])
         self._check_certificate()
-        if self.settings.admin is not None:
+        if self.settings.admin is not None or self._place is not None:
             self.watchdog.start()
             self.admin = self._make_admin()
             try:
-                await self.admin.start()
+                await self.admin.start(self._place.admin if self._place is not None else None)
             except OSError:
                 await self.stop()
                 raise
         scheme = "https" if self._certificate else "http"
-        self._log.info("listening", address=f"{host}:{self.port}", scheme=scheme, providers=[*self.providers])
+        event = "listening" if self._place is None else "worker_listening"
+        self._log.info(event, address=f"{host}:{self.port}", scheme=scheme, providers=[*self.providers])
         return self.port
 
     def reload(self, settings: Settings | None = None, providers: Mapping[str, Provider] | None = None) -> None:
@@ -200,25 +224,44 @@ class Server:
             self.hooks.draining = True
             self._log.info("draining", live_streams=len(self.streams))
 
-    async def finish(self, drain_secs: float) -> None:
-        """After `drain`: returns once no call is left; those that are still there after `drain_secs` are ended with `drain`.
+    def retire(self) -> None:
+        """Another process accepts from our listening sockets: do so no more. What is here goes on. Then `finish`, and `stop`."""
+        self.retired = True
+        for listener in self._listeners:
+            listener.close()
 
-        The listener stays open, so that carriers can ask what comes next. Whoever loses patience cancels this; then `stop`.
+    async def finish(self, drain_secs: float) -> None:
+        """After `drain` or `retire`: returns once no call is left; those that are still there after `drain_secs` are ended.
+
+        A server that drains ends them with `drain`, and is there until carriers have asked what comes next. One that has retired
+        leaves them to the process that has its place. Whoever loses patience cancels this; then `stop`.
         """
         loop = asyncio.get_running_loop()
         deadline, busy_until, ended = loop.time() + drain_secs, float("-inf"), False
         while True:
             now = loop.time()
             if self.streams:
-                busy_until = now + AFTERMATH_SECS
+                busy_until = now + (0.0 if self.retired else AFTERMATH_SECS)
+            elif self.retired and self._connected():
+                pass  # accepted, and perhaps about to ask for something
             elif now >= busy_until and (ended or not self.house.door.admission.held(now)):
                 return
             if now >= deadline and not ended:
                 ended = True
-                self._end_streams()
-            elif now >= deadline + FAREWELL_SECS + AFTERMATH_SECS:
+                if self.retired:
+                    await asyncio.gather(*(stream.hand_over() for stream in [*self.streams.values()]))
+                else:
+                    self._end_streams()
+            elif now >= deadline + (self.settings.reattach_secs if self.retired else 0.0) + FAREWELL_SECS + AFTERMATH_SECS:
                 return
             await asyncio.sleep(DRAIN_TICK_SECS)
+
+    def _connected(self) -> bool:
+        """Whether a client's connection is open."""
+        return bool(
+            (self._porters and self._porters.waiting)
+            or (self._runner and self._runner.server and self._runner.server.connections)
+        )
 
     def _end_streams(self) -> None:
         for stream in [*self.streams.values()]:
@@ -229,8 +272,8 @@ class Server:
         """Stop listening; end every live stream properly."""
         if self._next_check is not None:
             self._next_check.cancel()
-        if self._listener is not None:
-            self._listener.close()
+        for listener in self._listeners:
+            listener.close()
         if self._porters is not None:
             self._porters.close()
         self._end_streams()
@@ -268,7 +311,7 @@ class Server:
             metrics,
             self.watchdog,
             self.hooks,
-            listening=lambda: self._listener is not None and self._listener.is_serving(),
+            listening=lambda: any(listener.is_serving() for listener in self._listeners),
             base_url=lambda: self.settings.base_url(self.port),
         )
 
@@ -464,6 +507,8 @@ class Server:
         except MalformedFrame as error:
             self.house.door.remarks.tell("bad_webhook", self._now(), error=str(error))
             response = web.Response(status=400, text="this request names no call\n")
+        if self.retired:
+            response.force_close()  # whoever asks next asks somebody else
         route = request.match_info.route.resource
         self._log.debug("request", route=route.canonical if route is not None else None, status=response.status)
         return response

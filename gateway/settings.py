@@ -285,8 +285,8 @@ class Settings(Struct, frozen=True):
     tls: certificate and key, and `listen` serves https and wss; default none, a proxy does that.
     tracing: where traces of streams go, by OpenTelemetry; default none, nothing is traced.
     trusted_proxies: networks of the proxies whose X-Forwarded-For is believed, a list such as `10.0.0.0/8`.
-    max_calls: calls at once in each process; further ones are refused.
-    max_calls_per_second: new calls a second in each process, as many at once.
+    max_calls: calls at once, in all workers together; further ones are refused.
+    max_calls_per_second: new calls a second, as many at once; each worker takes its share.
     max_pending_per_address: connections of one address that have not sent their start frame.
     max_cpu_percent: of one processor that this process may use, in the mean of 5 s, before new calls are refused; 100: all.
     max_host_cpu_percent: the same of all processors, or of the control group's quota, whoever uses them; 100: all.

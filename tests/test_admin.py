@@ -85,8 +85,7 @@ async def test_readiness_tells_why_not(launch: Launch, operator: Operator, monke
         assert 503 == status
         assert ["draining", "full", "loop_lag"] == [reason["reason"] for reason in answer["reasons"]]
         assert "1 of 1 calls (max_calls)" == answer["reasons"][1]["detail"]
-        assert server._listener is not None
-        server._listener.close()
+        server._listeners[0].close()
         _, answer = await operator.get(server, "/readyz")
         assert "not_listening" == answer["reasons"][0]["reason"]
 

@@ -29,6 +29,11 @@ LAYERS = {
     4: (
         *("gateway.config", "gateway.yaml_nodes", "gateway.schema"),
         *("gateway.cli", "gateway.reload", "gateway.demo", "gateway.__main__"),  # demo: a command that needs every provider
+        *(
+            "gateway.worker",
+            "gateway.supervisor",
+            "gateway.front",
+        ),  # a worker loads providers, a supervisor and its listener rule it
         *("gateway.report", "gateway.replay"),  # commands too; report needs a foreign package of its own
         "gateway.bench",  # starts processes, plays every carrier
     ),

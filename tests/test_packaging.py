@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from gateway import config, metrics
-from gateway.cli import STOP_SECS
 from gateway.settings import Settings
+from gateway.supervisor import STOP_SECS
 from tests.test_advice import LONG
 
 ROOT = Path(__file__).parent.parent
@@ -147,7 +147,8 @@ def test_the_unit_reloads_restarts_and_limits() -> None:
     assert ("on-failure", "0") == (service["Restart"], service["LimitCORE"])
     assert int(service["LimitNOFILE"]) >= 65_536
     default = next(each.default for each in msgspec.structs.fields(Settings) if each.name == "drain_secs")
-    assert int(service["TimeoutStopSec"]) > default + STOP_SECS
+    assert int(service["TimeoutStopSec"]) > default + 2 * STOP_SECS
+    assert "process" == service["KillMode"], "else systemd kills the workers with their supervisor"
     assert ("notify", "30") == (service["Type"], service["WatchdogSec"]), "gateway/systemd.py feeds it"
     reloads = re.findall(r"(?m)^ExecReload=(.*)$", UNIT.read_text())
     assert "/opt/telephony-gateway/bin/telephony-gateway check /etc/telephony-gateway/gateway.yaml" == reloads[0]

@@ -425,7 +425,9 @@ async def test_sighup_reloads_and_a_bad_file_stops_nothing(tmp_path: Path) -> No
     path = tmp_path / "gateway.yaml"
     path.write_text(OPEN + "listen: 127.0.0.1:0\n")
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "gateway", "serve", "--config", str(path)), stderr=asyncio.subprocess.PIPE, env={**os.environ}
+        *(sys.executable, "-m", "gateway", "serve", "--workers", "1", "--config", str(path)),
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ},
     )
     assert process.stderr is not None
 

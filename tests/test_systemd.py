@@ -71,19 +71,25 @@ async def test_elsewhere_nothing_is_told_and_nothing_fails(tmp_path: Path) -> No
     await Systemd({}).watch(lambda: "never asked")
 
 
-async def test_serve_tells_when_it_is_ready_and_when_it_stops(supervisor: tuple[socket.socket, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("workers", "status"), [("1", "0 live calls"), ("2", "2 of 2 workers, 0 live calls")])
+async def test_serve_tells_when_it_is_ready_and_when_it_stops(
+    supervisor: tuple[socket.socket, str], tmp_path: Path, workers: str, status: str
+) -> None:
     listening, address = supervisor
     path = tmp_path / "gateway.yaml"
     path.write_text(OPEN + "listen: 127.0.0.1:0\n")
     environ = {**os.environ, "NOTIFY_SOCKET": address, "WATCHDOG_USEC": "30000000"}
     environ.pop("WATCHDOG_PID", None)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "gateway", "serve", "--config", str(path)), stderr=asyncio.subprocess.DEVNULL, env=environ
+        *(sys.executable, "-m", "gateway", "serve", "--workers", workers, "--config", str(path)),
+        stderr=asyncio.subprocess.DEVNULL,
+        env=environ,
     )
     try:
         assert "READY=1" == await told(listening)
-        assert "WATCHDOG=1\nSTATUS=0 live calls" == await told(listening)
+        assert f"WATCHDOG=1\nSTATUS={status}" == await told(listening)
     finally:
         process.send_signal(signal.SIGTERM)
         await process.wait()
-    assert "STOPPING=1\nEXTEND_TIMEOUT_USEC=40000000" == await told(listening), "drain_secs, and time to end"
+    secs = 40 if workers == "1" else 50
+    assert f"STOPPING=1\nEXTEND_TIMEOUT_USEC={secs}000000" == await told(listening), "drain_secs, and time to end"
