@@ -149,7 +149,7 @@ async def test_t9_the_real_program_takes_a_renewed_certificate_on_sighup(
     port, path = free_port(), tmp_path / "gateway.yaml"
     path.write_text(json.dumps(document(port, tls=files.options, public_url=f"https://127.0.0.1:{port}")))
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "gateway", "serve", "-c", str(path), stderr=asyncio.subprocess.PIPE
+        sys.executable, "-m", "gateway", "serve", "--workers", "1", "-c", str(path), stderr=asyncio.subprocess.PIPE
     )
     try:
         assert process.stderr is not None
