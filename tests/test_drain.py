@@ -35,7 +35,9 @@ class Gateway:
             "listen": f"127.0.0.1:{self.port}",
             "admin": f"127.0.0.1:{self.admin}",
             "max_calls_per_second": 100_000,
-            **{"max_cpu_percent": 100, "max_host_cpu_percent": 100, "max_memory_percent": 100},
+            "max_cpu_percent": 100,
+            "max_host_cpu_percent": 100,
+            "max_memory_percent": 100,
             "providers": {
                 "twilio": {"kind": "twilio_media_streams", "auth": "none", "overflow": OVERFLOW, "after": "<Say>Bye</Say>"}
             },

@@ -217,7 +217,8 @@ async def rolling(directory: Path, *, restarts: int, handshakes: int, held: int 
             call.hang_up()
         return {
             "restarts": len(replaced), "workers": workers, "handshakes": traffic.handshakes, "calls": traffic.calls,
-            "refused": sum(traffic.wrong.values()), "how": dict(traffic.wrong), "overflows": traffic.overflows, "held": held, "dropped": dropped,
+            "refused": sum(traffic.wrong.values()), "how": dict(traffic.wrong), "overflows": traffic.overflows,
+            "held": held, "dropped": dropped,
             "slowest_ms": round(traffic.slowest_secs * 1000), "secs": round(time.monotonic() - began, 1),
         }  # fmt: skip
 
