@@ -184,7 +184,9 @@ class Stream:
                 finally:
                     self.end(StopReason.CARRIER_CLOSED)
                     if self._serving is not None:
-                        await asyncio.wait([self._serving], timeout=FAREWELL_SECS)
+                        await asyncio.sleep(0)  # or a task that has just been made would never have begun
+                        if not (self._links and self._links[-1].unknown):
+                            await asyncio.wait([self._serving], timeout=FAREWELL_SECS)
                         self._serving.cancel()
                     writing.cancel()
                     self._depart()  # listeners may take their time: the call is over

@@ -85,6 +85,11 @@ class Link(Protocol):
         """Caller audio that was taken from the subscription and has not left yet, likewise; quickly answered."""
         ...
 
+    @property
+    def unknown(self) -> bool:
+        """No service knows of the call: one is still being dialled, and need not be told of the end."""
+        ...
+
     def figures(self) -> LinkFigures:
         """How it fares, for the operator."""
         ...

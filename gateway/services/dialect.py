@@ -130,6 +130,11 @@ class DialectLink:
         track = self._service.track
         return sum(len(event.payload) for event in self._taken if type(event) is Audio and event.track is track)
 
+    @property
+    def unknown(self) -> bool:
+        """See `Link`."""
+        return self._conversation is None and not self._begun
+
     def figures(self) -> LinkFigures:
         """See `Link`."""
         conversation, media_format = self._conversation, self._line.start.media_format

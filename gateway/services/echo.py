@@ -28,6 +28,11 @@ class EchoLink:
         self._keys = 0
         self.forwarded_bytes = 0
 
+    @property
+    def unknown(self) -> bool:
+        """See `Link`."""
+        return False
+
     def figures(self) -> LinkFigures:
         """See `Link`."""
         return LinkFigures(self._name, "serving", self._took_at)

@@ -241,6 +241,11 @@ class RecorderLink:
         self.forwarded_bytes = 0
         """See `Link`."""
 
+    @property
+    def unknown(self) -> bool:
+        """See `Link`."""
+        return False
+
     def figures(self) -> LinkFigures:
         """See `Link`."""
         return LinkFigures(self._name, "away" if self._failed else "serving", self._took_at)

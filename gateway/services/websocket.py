@@ -170,6 +170,11 @@ class WebsocketLink:
         """See `Link`."""
         return self._intake.held_bytes if self._intake is not None else 0
 
+    @property
+    def unknown(self) -> bool:
+        """See `Link`."""
+        return self._connection is None and not self._begun
+
     def figures(self) -> LinkFigures:
         """See `Link`."""
         connection, lag_ms = self._connection, 0.0

@@ -16,6 +16,7 @@ What can't be had on every machine that runs the tests is played by something th
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from itertools import pairwise
@@ -97,6 +98,28 @@ async def test_d1_down_at_the_start_and_up_a_little_later(launch: Launch, mode: 
     assert [] == link.texts("gap")
     balanced(stop, 800)
     assert [] == service.violations
+
+
+@pytest.mark.parametrize("how", ["refused", "blackholed", "dialect"])
+async def test_d1_a_caller_who_hangs_up_while_the_service_is_dialled_is_gone_at_once(
+    launch: Launch, log: list[Any], how: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # takes connections, and never answers
+        url = NOBODY if how == "refused" else f"ws://127.0.0.1:{mute.getsockname()[1]}/"
+        dialect = {"dialect": "twilio_media_streams"} if how == "dialect" else {"media_format": MULAW}
+        server = await launch(services={"agent": {"kind": "websocket", "url": url, "connect_timeout_secs": 30, **dialect}})
+        async with caller(server) as call:
+            await call.speak(ledger(0, 20))
+            (stream,) = server.streams.values()
+            await call.hangup()
+        began = asyncio.get_running_loop().time()
+        async with asyncio.timeout(10):
+            while server.streams:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert asyncio.get_running_loop().time() - began < 1, "not the two seconds that a service has for the end"
+    assert stream.session.over
+    (ended,) = logged(log, "stream_ended")
+    assert ("caller_hangup", 3200, 0) == (ended["reason"], ended["dropped_samples"], ended["forwarded_samples"])
 
 
 async def test_d1_busy_for_a_moment_is_tried_again(launch: Launch) -> None:
