@@ -52,5 +52,6 @@ def test_figures_are_the_constants() -> None:
     assert (64 * 1024, 4 * 2**20, 16 * 2**20) == (
         websocket.LARGEST_TEXT_BYTES, websocket.LARGEST_AUDIO_BYTES, LARGEST_MESSAGE,
     )  # fmt: skip
-    assert (5.0, 5.0, 3, 20) == (websocket.READY_SECS, retry.STABLE_SECS, retry.FLAPS, websocket.FAULTS_PER_SEC)
+    assert (5.0, 5.0, 20) == (websocket.READY_SECS, retry.STABLE_SECS, websocket.FAULTS_PER_SEC)
+    assert (3, 1.25) == (retry.FLAPS, retry.REST_SECS)
     assert ring.MOST_WORD_BYTES >= 2 * websocket.LARGEST_TEXT_BYTES

@@ -13,7 +13,9 @@ STABLE_SECS = 5.0
 """A connection that has lasted so long ends the memory of what failed before it."""
 
 FLAPS = 3
-"""A service that was lost so often without having been stable is dialled by the clock, also when others say that it is back."""
+"""A service that was lost so often without having been stable is left alone for a while, also when others say that it is back."""
+REST_SECS = 1.25
+"""For so long at least, and at most for twice as long: on average a call connects less than once a second."""
 
 BREAKER_FAILURES, BREAKER_WINDOW_SECS = 5, 10.0
 PROBE_SECS = 0.05
@@ -67,6 +69,28 @@ class Backoff:
 
     def reset(self) -> None:
         self._attempts = 0
+
+
+class Redial:
+    """When one call dials its service again."""
+
+    def __init__(self) -> None:
+        self._backoff = Backoff()
+        self._flaps = 0
+        self._rests_until = float("-inf")
+
+    def lost(self, now: float, chance: float, *, stable: bool) -> None:
+        """The service went away. A stable one is dialled at once; one that flaps has its rest first. `chance` is in [0, 1)."""
+        self._flaps = 0 if stable else self._flaps + 1
+        if stable:
+            self._backoff.reset()
+        if self._flaps >= FLAPS:
+            self._rests_until = now + REST_SECS * (1 + chance)
+
+    def pause(self, now: float, chance: float) -> tuple[float, bool]:
+        """Seconds until the next attempt, and whether it comes by the clock, whatever is heard of the service meanwhile."""
+        rest = self._rests_until - now
+        return (rest, True) if rest > 0 else (self._backoff.delay(chance), False)
 
 
 class Breaker:

@@ -23,7 +23,7 @@ from gateway.services.dialler import LARGEST_MESSAGE, ServiceSocket, Unreachable
 from gateway.services.framed import HEADER_BYTES, SUBPROTOCOL_FRAMED, Flags, Header, Numbers, pack, unpack
 from gateway.services.intake import Intake
 from gateway.services.native import SUBPROTOCOL_RAW, Ack, Malformed, NativeCarrier, Ready, Resume, acknowledgement, numbered
-from gateway.services.retry import FLAPS, REFUSALS, STABLE_SECS, Backoff, Limiter, Patience, Verdict, verdict
+from gateway.services.retry import REFUSALS, STABLE_SECS, Limiter, Patience, Redial, Verdict, verdict
 from gateway.services.ring import Frame, Hole, Ring, Word
 from gateway.settings import WebsocketService
 
@@ -145,8 +145,7 @@ class WebsocketLink:
         self._downward: Converter
         self._numbers = Numbers()
         self._ack_timer: asyncio.TimerHandle | None = None
-        self._backoff = Backoff()
-        self._flaps = 0
+        self._redial = Redial()
         self._patience = Patience(self._service.give_up_secs, self._loop.time())
         self._faults = Limiter(FAULTS_PER_SEC, FAULTS_PER_SEC)
         self._untold_faults = 0
@@ -229,8 +228,9 @@ class WebsocketLink:
             elif self._patience.left(now) <= 0:
                 self._give_up(ended)
             if not self._round:
-                delay = min(self._backoff.delay(random.random()), max(0.0, self._patience.left(now)))  # noqa: S311 - jitter
-                await self._line.dialler.pause(self._name, delay, by_the_clock=self._flaps >= FLAPS)
+                delay, by_the_clock = self._redial.pause(now, random.random())  # noqa: S311 - jitter
+                delay = min(delay, max(0.0, self._patience.left(now)))
+                await self._line.dialler.pause(self._name, delay, by_the_clock=by_the_clock)
 
     def _give_up(self, ended: _Ended, *, moves_on: bool = False) -> None:
         """This service won't have the call (any more). Raises ServiceLost unless there is another one."""
@@ -251,7 +251,7 @@ class WebsocketLink:
             self._begun = False
             self._round = [*self._left]
             self._patience = Patience(self._left[0][1].give_up_secs, self._loop.time())
-            self._backoff.reset()
+            self._redial = Redial()
             self._line.log.warning("service_replaced", service=self._name, by=self._left[0][0])
 
     async def _attempt(self) -> _Ended:
@@ -418,10 +418,9 @@ class WebsocketLink:
         self._slow = False
         if not connection.established or self._stopped or ended.verdict is Verdict.DONE:
             return
-        stable = self._patience.lost(self._loop.time())
-        self._flaps = 0 if stable else self._flaps + 1
-        if stable:
-            self._backoff.reset()
+        now = self._loop.time()
+        stable = self._patience.lost(now)
+        self._redial.lost(now, random.random(), stable=stable)  # noqa: S311 - jitter
         if ended.code in REFUSALS and not stable:
             self._begun = False
             self._ring.rewind()

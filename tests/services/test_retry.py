@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.services.retry import BREAKER_FAILURES, PROBE_SECS, Backoff, Breaker, Limiter, Patience, Verdict, verdict
+from gateway.services.retry import (
+    BREAKER_FAILURES,
+    PROBE_SECS,
+    STABLE_SECS,
+    Backoff,
+    Breaker,
+    Limiter,
+    Patience,
+    Redial,
+    Verdict,
+    verdict,
+)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +44,45 @@ def test_delays_are_full_jitter_between_nothing_and_two_seconds(chances: list[fl
         assert pytest.approx(chance * min(2.0, 0.05 * 2**attempt)) == backoff.delay(chance)
     backoff.reset()
     assert backoff.delay(0.999) < 0.05
+
+
+def flap(chance: random.Random, secs: float, change_secs: tuple[float, float]) -> tuple[list[float], float]:
+    """One call on a service that comes and goes, by a clock of ours: when it connects, and the longest time it is without."""
+    changes = [0.0]
+    while changes[-1] < secs + 10:
+        changes.append(changes[-1] + chance.uniform(*change_secs))
+    redial, now, connects, longest = Redial(), 0.0, [0.0], 0.0
+    while now < secs:
+        now = lost = next(at for at in changes[1::2] if at > now)  # up from 0 on, so that it goes at every other change
+        redial.lost(now, chance.random(), stable=now - connects[-1] >= STABLE_SECS)
+        while True:
+            wait, by_the_clock = redial.pause(now, chance.random())
+            up = next((at for at in changes[::2] if at > now), now + wait)
+            now += wait if by_the_clock else min(wait, up - now + chance.uniform(0, PROBE_SECS))  # a scout sees that it is up
+            if sum(at <= now for at in changes) % 2:
+                break
+        connects.append(now)
+        longest = max(longest, now - lost)
+    return [at for at in connects if at < secs], longest
+
+
+@pytest.mark.parametrize("change_secs", [(0.2, 0.9), (0.2, 0.2), (0.01, 0.05), (0.9, 0.9)])
+def test_d3_a_call_connects_less_than_once_a_second_to_a_service_that_flaps(change_secs: tuple[float, float]) -> None:
+    """From the first connection on, also in a short window; and the rest is one that a ring bridges."""
+    calls = [flap(random.Random(seed), 60.0, change_secs) for seed in range(200)]
+    for window in (4.0, 10.0, 60.0)[change_secs[1] < 0.5 :]:  # the first three connections cost nothing
+        mean = sum(sum(at < window for at in connects) for connects, _ in calls) / len(calls) / window
+        assert mean <= 1.0, window
+    assert max(longest for _, longest in calls) < 4.0
+    assert min(len(connects) for connects, _ in calls) > 15, "and it is not left alone for good"
+
+
+def test_a_stable_service_that_is_lost_is_dialled_at_once_and_has_news_listened_to() -> None:
+    redial = Redial()
+    for n in range(10):
+        redial.lost(n * 10.0, 0.999, stable=True)
+        secs, by_the_clock = redial.pause(n * 10.0, 0.999)
+        assert (True, False) == (secs < 0.05, by_the_clock)
 
 
 def test_the_breaker_opens_after_five_failures_and_lets_one_probe_through() -> None:
