@@ -42,6 +42,7 @@ from gateway import (
 from gateway import demo as demonstration
 from gateway.bench.command import bench
 from gateway.callreport import CallReport
+from gateway.chaos.command import chaos
 from gateway.conformance.command import examine
 from gateway.errors import ConfigError
 from gateway.events import COMMAND_NAMES, Command, Event, Message
@@ -480,6 +481,7 @@ def asyncapi_yaml() -> str:
     return head + yaml.safe_dump(specification.asyncapi(), sort_keys=False, allow_unicode=True, width=120)
 
 
+main.add_command(chaos)
 main.add_command(examine)
 main.add_command(bench)
 

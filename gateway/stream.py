@@ -301,10 +301,13 @@ class Stream:
             pass  # a ping met a closing transport: the same as a close
 
     def _is_frame(self, message: aiohttp.WSMessage) -> bool:
-        """Whether it is one; else the stream is over, and where the carrier broke the WebSocket protocol that is said."""
-        if message.type is aiohttp.WSMsgType.ERROR and isinstance(message.data, aiohttp.WebSocketError):
-            self.log.warning("broken_websocket", error=str(message.data))
-            self.end(StopReason.PROTOCOL_ERROR)
+        """Whether it is one; else the stream is over, and that the carrier broke the WebSocket protocol, or vanished, is said."""
+        if message.type is aiohttp.WSMsgType.ERROR:
+            if isinstance(message.data, aiohttp.WebSocketError):
+                self.log.warning("broken_websocket", error=str(message.data))
+                self.end(StopReason.PROTOCOL_ERROR)
+            else:
+                self.log.warning("carrier_vanished", error=str(message.data))  # no pong came
         if message.type not in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
             if message.type is aiohttp.WSMsgType.CLOSE:
                 self._closed_with = message.data
