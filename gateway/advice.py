@@ -66,7 +66,7 @@ def _secrets(given: Mapping[KeyPath, Given]) -> Advice:
 def _unused(settings: Settings) -> Advice:
     wanted = {name for route in settings.routes for name in (*route.service, *route.listeners)}
     for name in settings.services:
-        if name not in wanted:
+        if name not in wanted and settings.admin is None:  # else operators may have it listen
             yield ("services", name), "no route leads to it; name it in a route, or take it out"
     asked = {route.provider for route in settings.routes}
     for name in settings.providers:

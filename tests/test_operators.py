@@ -298,6 +298,35 @@ async def test_listeners_that_cannot_be_put_on_a_call(launch: Launch, operator: 
         assert 404 == (await operator.ask(server, "DELETE", "/calls/0123/listeners/x1"))[0]
 
 
+async def test_a_listener_that_is_of_no_use_there_is_lost_and_the_call_is_not(launch: Launch, operator: Operator) -> None:
+    async with RecordingService() as service:
+        services = {
+            "twilio": listener(service.url) | {"dialect": "twilio_media_streams"},
+            "text": {"kind": "websocket", "url": service.url, "dialect": "twilio_conversation_relay"},
+            "echo2": {"kind": "echo"},
+            "gone": listener("ws://127.0.0.1:9", give_up_secs=0.1),
+        }
+        server = await launch(**echoing(**services), admin=ADMIN)
+        async with ConversationRelay(stream_url(server, "relay")) as talk, TwilioMedia(stream_url(server, "twilio")) as call:
+            await ready(call)
+            sessions = {each["provider"]: each["session"] for each in (await operator.get(server, "/calls"))[1]["calls"]}
+            for session in sessions.values():
+                for name in services:
+                    status, answer = await operator.post(server, f"/calls/{session}/listeners", json={"service": name})
+                    assert status in (202, 409), answer
+            await call.speak(NOISE[:8000])
+            await asyncio.sleep(0.5)
+            _, detail = await operator.get(server, f"/calls/{sessions['twilio']}")
+            states = {each["name"]: each["state"] for each in detail["listeners"]}
+            assert ("lost", "serving") == (states["gone"], states["echo2"])
+            subscribed = server.streams[sessions["twilio"]]._channel._subscriptions
+            assert 1 + sum(state not in ("lost", "done") for state in states.values()) == len(subscribed)
+            await call.hangup()
+            await talk.hangup()
+    assert len(played(call)) >= 8000
+    assert [] == call.violations
+
+
 def unpacked(answer: tuple[int, Any]) -> tuple[int, str]:
     return answer[0], answer[1].get("error", "")
 
