@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import random
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from tests.conftest import Launch
 from tests.doubles import ConversationRelay, Plivo, RecordingService, TwilioMedia
 from tests.services.test_listeners import NOISE, echoing, listener
 from tests.test_admin import ADMIN, Operator, ready
+from tests.test_drain import running
 from tests.test_end_to_end import MULAW, played, stream_url
 from tests.test_metrics import scrape
+from tests.test_reload import sid
 
 AUDIO_WAV = {"Content-Type": "audio/wav"}
 
@@ -325,6 +328,35 @@ async def test_a_listener_that_is_of_no_use_there_is_lost_and_the_call_is_not(la
             await talk.hangup()
     assert len(played(call)) >= 8000
     assert [] == call.violations
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="several workers need Linux")
+async def test_all_of_it_reaches_the_worker_that_has_the_call(tmp_path: Path) -> None:
+    body = tone(tmp_path, secs=2, rate=48000).read_bytes()
+    archive = {"kind": "recorder", "directory": str(tmp_path / "recordings"), "name": "{session}"}
+    what = {"services": {"echo": {"kind": "echo"}, "archive": archive}, "routes": [{"service": "echo"}]}
+    async with running(tmp_path, "--workers", "2", sounds=str(tmp_path), **what) as gateway:
+        for number in range(1, 5):  # on whichever worker
+            async with TwilioMedia(await gateway.stream_url(sid(number)), call_sid=sid(number)) as call:
+                await call.speak(MULAW[:800])
+                (listed,) = (await gateway.ask("/calls"))[1]["calls"]
+                path = f"/calls/{listed['session']}"
+                assert 202 == (await gateway.ask(f"{path}/listeners", "POST", json={"service": "archive"}))[0]
+                status, answer = await gateway.ask(f"{path}/play", "POST", data=io.BytesIO(body), headers=AUDIO_WAV)
+                assert (202, 2000) == (status, answer["length_ms"])
+                assert 202 == (await gateway.ask(f"{path}/play", "POST", json={"file": "notice.wav"}))[0]
+                oversize = io.BytesIO(bytes(LARGEST_SOUND + 1))
+                assert 413 == (await gateway.ask(f"{path}/play", "POST", data=oversize, headers=AUDIO_WAV))[0]
+                await asyncio.sleep(0.3)
+                status, answer = await gateway.ask(f"{path}/listeners/archive", "DELETE")
+                assert (200, "done") == (status, answer["listeners"][0]["state"])
+                await call.hangup()
+            assert as_mulaw(tmp_path / "notice.wav")[:800] in played(call)
+            assert wav.read(tmp_path / "recordings" / f"{listed['session']}.wav").duration_ms > 100
+            assert [] == call.violations
+            async with asyncio.timeout(5):
+                while (await gateway.ask("/calls"))[1]["count"]:  # noqa: ASYNC110 - another process decides
+                    await asyncio.sleep(0.05)
 
 
 def unpacked(answer: tuple[int, Any]) -> tuple[int, str]:
