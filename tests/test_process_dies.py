@@ -15,7 +15,7 @@ from tests.test_reload import sid
 async def test_the_gateways_own_process_dies(tmp_path: Path) -> None:
     async with RecordingService(subprotocol=FRAMED, ack_frames=5) as service:
         routes = [{"service": "agent"}]
-        async with running(tmp_path, services={"agent": agent(service)}, routes=routes) as gateway:
+        async with running(tmp_path, "--workers", "1", services={"agent": agent(service)}, routes=routes) as gateway:
             async with TwilioMedia(await gateway.stream_url(sid(1)), call_sid=sid(1), line_silence=False) as call:
                 link = await service.connected()
                 await link.play(ledger(1000, 250), frame_bytes=160)
