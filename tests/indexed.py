@@ -117,13 +117,13 @@ class IndexedCaller:
         """Frames that are no media."""
         self.closed = asyncio.Event()
         self.close_code: int | None = None
-        self._http, self._url = http, url
+        self._http, self.url = http, url
         self._socket: aiohttp.ClientWebSocketResponse
         self._reading: asyncio.Task[None]
 
     async def dial(self, tasks: asyncio.TaskGroup) -> None:
         """Connect and start. Raises aiohttp.ClientError where that is refused."""
-        self._socket = await self._http.ws_connect(self._url, compress=0, max_msg_size=1 << 20)
+        self._socket = await self._http.ws_connect(self.url, compress=0, max_msg_size=1 << 20)
         format_ = {"encoding": "audio/x-mulaw", "sampleRate": 8000, "channels": 1}
         start = {"callSid": self.call_id, "streamSid": self.stream_id, "accountSid": "AC1", "tracks": ["inbound"]}
         frame = {"event": "start", "streamSid": self.stream_id, "start": {**start, "mediaFormat": format_}}

@@ -1,0 +1,154 @@
+"""Three times the calls that are admitted are offered to a gateway (O1): those inside feel nothing, those outside hear at once.
+
+    python -m tests.overload --admitted 60 --secs 20 --store
+
+    python -m tests.overload --admitted 60 --secs 20 --store
+numbered frames both ways. Windows with and without offers take turns, so that what the machine does besides is in both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import aiohttp
+
+from tests.indexed import IndexedCaller, IndexedService, losses, quantile, settled, talk
+from tests.processes import gateway
+from tests.results import store
+
+STREAM = re.compile(r'<Stream[^>]* url="([^"]+)"')
+BUSY = "<Reject"
+MOST_ADDED_P99_MS = 20.0
+MOST_REFUSAL_MS = 50.0
+
+
+class Offers:
+    """Callers who ask by webhook whether they may come in."""
+
+    def __init__(self, http: aiohttp.ClientSession, port: int) -> None:
+        self.http, self.port = http, port
+        self.numbers = count()
+        self.refusals_ms: list[float] = []
+        self.wrong: list[str] = []
+
+    async def offer(self) -> IndexedCaller | None:
+        """One call: None where it is refused."""
+        loop, number = asyncio.get_running_loop(), next(self.numbers)
+        caller = IndexedCaller(self.http, "", number)
+        form = {"CallSid": caller.call_id, "From": "+15550100001", "To": "+15550100002", "Direction": "inbound"}
+        began = loop.time()
+        async with self.http.post(f"http://127.0.0.1:{self.port}/twilio/answer", data=form) as response:
+            text = await response.text()
+        took = 1000 * (loop.time() - began)
+        if match := STREAM.search(text):
+            caller.url = match[1]
+            return caller
+        if response.status != 200 or BUSY not in text:
+            self.wrong.append(f"{response.status}: {text[:200]}")
+        self.refusals_ms.append(took)
+        return None
+
+    async def keep_offering(self, callers: int, secs: float) -> None:
+        """Each of so many asks every second, spread over it; all are refused."""
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        for _ in range(round(secs * callers)):
+            if await self.offer() is not None:
+                self.wrong.append("a call too many was let in")
+            due += 1 / callers
+            if (wait := due - loop.time()) > 0:
+                await asyncio.sleep(wait)
+
+
+async def run(admitted: int, secs: float, windows: int = 2, tell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """`windows` of `secs` each without offers and as many with them. Returns the figures."""
+    with TemporaryDirectory() as directory:
+        async with IndexedService() as service:
+            document: dict[str, object] = {
+                "providers": {"twilio": {"kind": "twilio_media_streams", "auth": "none"}},
+                "services": {"agent": service.configuration},
+                "routes": [{"service": "agent"}],
+                "max_calls": admitted,
+                "max_calls_per_second": 100_000,
+                "max_pending_per_address": 10_000,
+                "hold_ms": 10_000,
+            }
+            async with (
+                gateway(Path(directory), document) as running,
+                aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http,
+                asyncio.TaskGroup() as tasks,
+            ):
+                offers = Offers(http, running.port)
+                asked = [tasks.create_task(offers.offer()) for _ in range(3 * admitted)]
+                callers = [caller for one in asked if (caller := await one) is not None]
+                first = sorted(offers.refusals_ms)
+                offers.refusals_ms.clear()
+                for caller in callers:
+                    await caller.dial(tasks)
+                await talk(callers, 1.0)
+                times: dict[bool, list[float]] = {False: [], True: []}
+                for window in range(2 * windows):
+                    offering = window % 2 == 1
+                    began = [caller.frames for caller in callers]
+                    async with asyncio.TaskGroup() as both:
+                        if offering:
+                            both.create_task(offers.keep_offering(2 * admitted, secs))
+                        both.create_task(talk(callers, secs))
+                    await settled(callers, service)
+                    for caller, at in zip(callers, began, strict=True):
+                        heard = service.heard[caller.call_id].times
+                        times[offering] += [1000 * (b - a) for a, b in zip(caller.times[at:], heard[at:], strict=False)]
+                    ordered = sorted(times[offering])
+                    what, p50, p99 = "offers" if offering else "quiet", quantile(ordered, 0.5), quantile(ordered, 0.99)
+                    tell(f"{what}: p50 {p50:.2f} ms, p99 {p99:.2f} ms")
+                found = losses(callers, service)
+                for caller in callers:
+                    await caller.hang_up()
+    quiet, offered, refusals = sorted(times[False]), sorted(times[True]), sorted(offers.refusals_ms)
+    return {
+        "admitted": len(callers),
+        "offered_at_once": 3 * admitted,
+        "offered_after": len(refusals),
+        "frames_each_way": sum(caller.frames for caller in callers),
+        "losses": found[:10],
+        "wrong_answers": offers.wrong[:10],
+        "p50_ms": round(quantile(quiet, 0.5), 2),
+        "p99_ms": round(quantile(quiet, 0.99), 2),
+        "p99_with_offers_ms": round(quantile(offered, 0.99), 2),
+        "added_p99_ms": round(quantile(offered, 0.99) - quantile(quiet, 0.99), 2),
+        "refusal_p50_ms": round(quantile(refusals, 0.5), 2),
+        "refusal_p99_ms": round(quantile(refusals, 0.99), 2),
+        "refusal_worst_ms": round(refusals[-1], 2) if refusals else 0.0,
+        "first_burst_worst_ms": round(first[-1], 2) if first else 0.0,
+    }
+
+
+def passed(figures: dict[str, Any]) -> bool:
+    harmless = not figures["losses"] and not figures["wrong_answers"]
+    return harmless and figures["added_p99_ms"] <= MOST_ADDED_P99_MS and figures["refusal_p99_ms"] <= MOST_REFUSAL_MS
+
+
+def main() -> int:
+    parser = ArgumentParser(prog="python -m tests.overload")
+    parser.add_argument("--admitted", type=int, default=60)
+    parser.add_argument("--secs", type=float, default=20.0, help="of each of four windows")
+    parser.add_argument("--store", action="store_true")
+    given = parser.parse_args()
+    figures = asyncio.run(run(given.admitted, given.secs, tell=lambda line: print(line, file=sys.stderr, flush=True)))
+    print(json.dumps(figures))
+    if given.store:
+        store("overload", figures, passed=passed(figures), module="tests.overload")
+    return 0 if passed(figures) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
