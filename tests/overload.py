@@ -2,7 +2,7 @@
 
     python -m tests.overload --admitted 60 --secs 20 --store
 
-    python -m tests.overload --admitted 60 --secs 20 --store
+All calls are offered at once by their webhooks; whoever is refused asks again every second, as a new call. Those inside speak
 numbered frames both ways. Windows with and without offers take turns, so that what the machine does besides is in both.
 """
 

@@ -81,10 +81,13 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1_000_000, help="bent frames, for each codec (wire: together)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument(
+        "--rate", type=float, default=1e6, help="wire: frames a second, at most; above what a core takes, calls wait"
+    )
     parser.add_argument("--store", action="store_true", help="write the figures to tests/results for the fault table")
     given = parser.parse_args()
     if given.level == "wire":
-        figures = asyncio.run(wire.run(given.count, given.seed, given.jobs, tell=progress("wire", given.count)))
+        figures = asyncio.run(wire.run(given.count, given.seed, given.jobs, rate=given.rate, tell=progress("wire", given.count)))
         passed = wire.passed(figures)
     else:
         codecs = given.codec or [*(TARGETS if given.level == "decode" else session.KINDS)]

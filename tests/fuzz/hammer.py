@@ -72,8 +72,9 @@ HARMLESS = (
 class Hammer:
     """Carriers, several connections at once."""
 
-    def __init__(self, port: int, seed: int) -> None:
+    def __init__(self, port: int, seed: int, rate: float) -> None:
         self.port, self.random = port, Random(seed)
+        self.rate, self.due = rate, 0.0
         self.numbers = count(1)
         self.seed = seed
         self.frames = self.connections = self.refused = 0
@@ -125,10 +126,15 @@ class Hammer:
                 writer.write(b"".join(batch))
                 await writer.drain()
             self.frames += BATCH
-            await asyncio.sleep(0)
+            await self._pace()
             if draining.done():
                 return
         await asyncio.sleep(0.01)
+
+    async def _pace(self) -> None:
+        now = asyncio.get_running_loop().time()
+        self.due = max(self.due, now) + BATCH / self.rate
+        await asyncio.sleep(self.due - now)
 
     async def _drain(self, reader: asyncio.StreamReader) -> None:
         with suppress(ConnectionError):
@@ -203,13 +209,14 @@ async def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--attack", action="append", default=[], help="provider:kind")
     parser.add_argument("--call", action="append", default=[], help="provider whose calls go to the service of this process")
+    parser.add_argument("--rate", type=float, default=1e6, help="frames a second, at most")
     given = parser.parse_args()
     rubbish = Rubbish(given.seed)
     await rubbish.listen(given.listen)
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     port = int(await reader.readline() or 0)
-    hammer = Hammer(port, given.seed)
+    hammer = Hammer(port, given.seed, given.rate)
 
     async def callers(provider: str, at: int) -> None:
         async with aiohttp.ClientSession() as http:

@@ -61,7 +61,7 @@ def test_f1_the_count_of_every_reason_can_be_read_in_the_log() -> None:
 
 
 async def test_f1_f2_d6_rubbish_on_the_wire_harms_nobody() -> None:
-    figures = await wire.run(10**9, seed=3, secs=1.0)
+    figures = await wire.run(10**9, seed=3, rate=5000, secs=1.0)
     assert [] == figures["log_errors"]
     assert [] == figures["neighbours_losses"]
     assert figures["frames_taken"] > 1000

@@ -66,12 +66,12 @@ def _configuration(service: IndexedService, rubbish: int) -> dict[str, object]:
 
 
 async def run(
-    count: int, seed: int, jobs: int = 1, *, secs: float = 1e9, tell: Callable[[int], None] = lambda _: None
+    count: int, seed: int, jobs: int = 1, *, rate: float = 1e6, secs: float = 1e9, tell: Callable[[int], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Until the gateway has taken `count` frames from its carriers, or `secs` are over. Returns the figures."""
+    """Until the gateway has taken `count` frames from its carriers, at most `rate` a second, or `secs` are over."""
     hammers, rubbish = [], _free_port()
     for job in range(jobs):
-        arguments = [f"--attack={name}:{kind}" for name, kind in CARRIERS.items()]
+        arguments = [f"--rate={rate / jobs}", *(f"--attack={name}:{kind}" for name, kind in CARRIERS.items())]
         served = ["--call=bot", "--call=bot_relay", f"--listen={rubbish}"] if job == 0 else []
         hammers.append(await _hammer(seed + job, [*arguments, *served]))
     bad: Counter[str] = Counter()
