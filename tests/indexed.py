@@ -85,8 +85,10 @@ class IndexedService:
     async def _serve(self, request: web.Request) -> web.WebSocketResponse:
         socket = web.WebSocketResponse(protocols=("telephony-gateway.v1.raw",), compress=False)
         await socket.prepare(request)
-        start = json.loads(await socket.receive_str())
-        call_id, loop = start["call_id"], asyncio.get_running_loop()
+        first = await socket.receive()
+        if first.type is not aiohttp.WSMsgType.TEXT:
+            return socket  # the call was over before it was told
+        call_id, loop = json.loads(first.data)["call_id"], asyncio.get_running_loop()
         heard = self.heard[call_id] = Heard()
         self.said[call_id] = 0
         async for message in socket:
