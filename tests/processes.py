@@ -57,7 +57,7 @@ class GatewayProcess:
 
     async def listening(self) -> None:
         """Until it listens. The ports are known then."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not self.port:
                 assert self.process.returncode is None, self.log.read_text()
                 for entry in self.new_entries():
