@@ -87,4 +87,7 @@ def test_entries_are_as_long_as_the_ledgers_notes_and_come_back() -> None:
     packed = [entry.pack() for entry in entries]
     assert ENTRY_BYTES == ledger.NOTE_BYTES == len(packed[0])
     assert entries == unpack(packed)
+    assert 60 == RETRY_SECS
+    written = [b"%c\x6b\x49\xd2%c" % (kind, number) for number, kind in enumerate((1, 2, 3, 1, 4))]
+    assert written == [each[:5] for each in packed], "processes of an older version may have written them"
     assert entries[1:] == unpack([b"\x09" + packed[0][1:], *packed[1:]]), "a kind that is not known"

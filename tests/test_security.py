@@ -1008,6 +1008,7 @@ async def test_s4_s8_s12_nothing_private_is_in_any_line_of_the_log_or_in_metrics
             providers=providers, secret=CANARIES["secret"], public_url=PUBLIC, services={"agent": agent},
             max_calls_per_second=10_000, log_level="debug", admin="127.0.0.1:0",
         )  # fmt: skip
+        server.watchdog.overloaded = lambda: False  # type: ignore[method-assign]  # a slow machine is not what is looked at
         for number in range(calls):
             tokens += await betray(server, number)
         await until(lambda: not server.streams)

@@ -18,6 +18,7 @@ from gateway.tokens import (
     LIFETIME_SECS,
     MAX_CALL_ID_BYTES,
     MAX_DOCUMENT_BYTES,
+    MAX_ROUTE_BYTES,
     NONCE_BYTES,
     Document,
     Ticket,
@@ -71,6 +72,10 @@ def test_it_lives_for_a_minute_and_some_leeway() -> None:
     assert TOKENS.read(mint(), "twilio", now=last)
     assert refusal(mint(), now=last + 0.001) == "expired"
     assert TOKENS.read(mint(), "twilio", now=NOW - LEEWAY_SECS)  # minted by an instance whose clock is ahead
+
+
+def test_its_limits_are_those_that_are_written_down() -> None:
+    assert (60, 5, 128, 32, 16) == (LIFETIME_SECS, LEEWAY_SECS, MAX_CALL_ID_BYTES, MAX_ROUTE_BYTES, NONCE_BYTES)
 
 
 def test_it_opens_no_other_provider() -> None:
