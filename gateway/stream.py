@@ -149,7 +149,7 @@ class Stream:
         self._capture = Capture(asyncio.get_running_loop().time()) if captures else None
         self._began = self._loop.time()
         self._armed = float("inf")
-        self._lead_ms = codec.limits.lead_ms
+        self._lead_ms, self._frame_ms = codec.limits.lead_ms, codec.limits.frame_ms
         self._journal: Entry | None = None
         self._legacy: Legacy | None = None
         self._owed: tuple[str, ...] = ()  # checkpoints of the call's last stream, until a service is told what became of them
@@ -441,7 +441,8 @@ class Stream:
 
     def _tell_inheritance(self, legacy: Legacy) -> None:
         """What the service missed while nobody had the call. Listeners hear a stream of their own."""
-        lost_ms = round((monotonic() - legacy.silent_since) * 1000)
+        # In whole frames: what follows stays in step with the service's, and is passed on as it comes.
+        lost_ms = round((monotonic() - legacy.silent_since) * 1000 / self._frame_ms) * self._frame_ms
         self.log.info("call_reattached", silent_ms=lost_ms, checkpoints_lost=len(self._owed))
         if legacy.heard and self.start.media_format is not None:
             self.subscription.offer(Gap(lost_ms, Track.INBOUND))
