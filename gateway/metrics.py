@@ -59,6 +59,9 @@ class Spread(NamedTuple):
 COUNTERS = {
     "telephony_calls": Family("Streams that were let in and have ended, by how", ("provider", "result")),
     "telephony_unstarted": Family("Connections that were let in and never sent a start frame", ("provider",)),
+    "telephony_streams_lost": Family("Streams whose carrier's connection was lost while the call went on", ("provider",)),
+    "telephony_streams_reattached": Family("Streams that took up a call whose last stream was lost", ("provider",)),
+    "telephony_calls_not_journaled": Family("Streams that could not be taken up if they were lost", ("provider",)),
     "telephony_frames": Family("WebSocket messages from (in) and to (out) carriers", ("provider", "direction")),
     "telephony_bad_frames": Family("Frames that could not be read or used, and were skipped", ("provider", "reason")),
     "telephony_unknown_frames": Family("Well-formed frames of a kind that the codec does not know", ("provider",)),
@@ -284,6 +287,10 @@ class Totals:
         self.sums.listeners(after)
         self.sums.listeners(before, sign=-1)
 
+    def happened(self, what: str, provider: str) -> None:
+        """One more of a counter by provider."""
+        self.sums.count(what, provider)
+
     def asked(self, provider: str, request: str, result: str) -> None:
         """A carrier's API was asked for something."""
         self.sums.count("telephony_api_requests", provider, request, result)
@@ -347,7 +354,13 @@ class Metrics(Collector):
         """What the process counts and holds, at this moment."""
         sums, standing, watchdog = self._totals.sums.copy(), self._standing(), self._watchdog
         for name in self._providers:  # a rate needs a zero to begin with
-            for counted in ("telephony_gap_seconds", "telephony_dropped_seconds", "telephony_underruns", "telephony_unstarted"):
+            for counted in (
+                "telephony_gap_seconds",
+                "telephony_dropped_seconds",
+                "telephony_underruns",
+                "telephony_unstarted",
+                "telephony_streams_lost",
+            ):
                 sums.count(counted, name, by=0)
             sums.raise_("telephony_calls_active", name, by=0)
         for figures in self._streams():

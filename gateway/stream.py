@@ -422,6 +422,7 @@ class Stream:
         standing = Standing(self.session_id, route.label)
         self._journal, self._legacy = house.journal.begin(self.provider, start.call_id, standing, capacity=capacity)
         if self._journal is None:
+            house.totals.happened("telephony_calls_not_journaled", self.provider)
             house.door.remarks.tell("call_not_journaled", self._loop.time(), problem=house.journal.problem)
         if self._legacy is not None:
             self._owed = self._legacy.standing.checkpoints
@@ -443,6 +444,7 @@ class Stream:
         """What the service missed while nobody had the call. Listeners hear a stream of their own."""
         # In whole frames: what follows stays in step with the service's, and is passed on as it comes.
         lost_ms = round((monotonic() - legacy.silent_since) * 1000 / self._frame_ms) * self._frame_ms
+        self._house.totals.happened("telephony_streams_reattached", self.provider)
         self.log.info("call_reattached", silent_ms=lost_ms, checkpoints_lost=len(self._owed))
         if legacy.heard and self.start.media_format is not None:
             self.subscription.offer(Gap(lost_ms, Track.INBOUND))
@@ -458,6 +460,7 @@ class Stream:
     async def _hold(self) -> None:
         """The carrier is gone without a word: give it, and whichever process it comes to, a while to take up the call."""
         waits_secs = self._house.settings.reattach_secs
+        self._house.totals.happened("telephony_streams_lost", self.provider)
         self.log.warning("carrier_lost", code=self._closed_with, waits_secs=waits_secs)
         with suppress(TimeoutError):
             async with asyncio.timeout(waits_secs):
