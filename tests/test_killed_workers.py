@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from struct import Struct
@@ -29,7 +30,7 @@ from gateway.callreport import CallReport
 from gateway.media import MULAW_8K
 from gateway.simulator import simulate
 from tests.services.lines import FRAMES
-from tests.test_drain import Gateway, running
+from tests.test_drain import Gateway, running, until
 from tests.test_workers import pids, settled, wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="several workers need Linux")
@@ -143,23 +144,26 @@ async def killing(
     replaced: list[float] = []
     over = asyncio.Event()
     try:
-        async with running(directory, "--workers", str(workers), **options) as gateway, asyncio.TaskGroup() as tasks:
-            for number in range(calls):
-                tasks.create_task(keep_calling(gateway, ("twilio", "plivo")[number % 2], number, call_secs, over, reports))
-            await asyncio.sleep(2.0)
-            for _ in range(kills):
-                before = await pids(gateway)
-                victim = random.choice(before)
-                began = time.monotonic()
-                os.kill(victim, signal.SIGKILL)
+        async with running(directory, "--workers", str(workers), **options) as gateway:
+            async with asyncio.TaskGroup() as tasks:
+                for number in range(calls):
+                    tasks.create_task(keep_calling(gateway, ("twilio", "plivo")[number % 2], number, call_secs, over, reports))
+                await asyncio.sleep(2.0)
+                for _ in range(kills):
+                    before = await pids(gateway)
+                    victim = random.choice(before)
+                    began = time.monotonic()
+                    os.kill(victim, signal.SIGKILL)
 
-                async def there(victim: int = victim) -> bool:
-                    return victim not in await pids(gateway) and await settled(gateway, workers)
+                    async def there(victim: int = victim) -> bool:
+                        return victim not in await pids(gateway) and await settled(gateway, workers)
 
-                await wait_for(there)
-                replaced.append(time.monotonic() - began)
-                await asyncio.sleep(pause_secs)
-            over.set()
+                    await wait_for(there)
+                    replaced.append(time.monotonic() - began)
+                    await asyncio.sleep(pause_secs)
+                over.set()
+            with suppress(TimeoutError):  # what is told last is still on its way
+                await until(lambda: all(session.stops for session in service.sessions.values()))
     finally:
         await runner.cleanup()
     return figures(service, reports, replaced, workers=workers, calls=calls)
