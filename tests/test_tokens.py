@@ -166,6 +166,20 @@ def test_a_call_id_that_no_carrier_sends_gets_no_token(call_id: str) -> None:
     assert caught.value.reason == "bad_call_id"
 
 
+def test_what_is_as_long_as_it_may_be_gets_one() -> None:
+    call_id, route = "x" * MAX_CALL_ID_BYTES, "r" * MAX_ROUTE_BYTES
+    ticket = TOKENS.read(mint(call_id=call_id, route=route), "twilio", now=NOW)
+    assert (call_id, route) == (ticket.call_id, ticket.route)
+
+
+def test_tokens_of_version_1_stay_as_they_are() -> None:
+    """Instances are renewed one after the other: the new one reads what the old one has written, and the reverse."""
+    token = "tZZ3NyB8ae5q1r3Kh61MXQa0nSPDsFBilb2NRRAAECAwQFBgcICQoLDA0ODyJDQTAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwc3VwcG9ydA"
+    assert token == mint()
+    sealed = "JW8-gxkDJK3P6cvSd-Nj_2tJ0jw7BQYpW9jUUQABAgMEBQYHCAkKCwwNDg_TogXA"
+    assert sealed == TOKENS.seal("<a/>", "twilio", now=NOW, nonce=NONCE)
+
+
 def test_a_label_or_a_nonce_of_the_wrong_length_is_our_mistake() -> None:
     with pytest.raises(ValueError, match="nonce"):
         TOKENS.mint("twilio", "CA1", "r", now=NOW, nonce=b"short")
