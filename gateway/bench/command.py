@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import select
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,6 +112,7 @@ def bench(
         raise click.ClickException("the load generator needs Linux")
     from gateway.bench import picture, runner, subject  # noqa: PLC0415
 
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends us, ends what we have started
     timing = runner.Timing(seconds=seconds, warm_up_secs=warm_up_secs, ramp_per_sec=ramp_per_sec)
     measured = subject.Gateway(frame_ms=int(frame_ms), **options)
     as_json = as_json or not sys.stdout.isatty()
@@ -140,6 +142,8 @@ def bench(
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
         click.echo("interrupted: what follows is of the rounds until then", err=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     rows = runner.table(done)
     if as_json:
         click.echo(msgspec.json.encode({"machine": machine(), "summary": rows}))

@@ -251,7 +251,8 @@ def test_usage(arguments: list[str], why: str) -> None:
     assert why in result.output
 
 
-def test_an_interrupted_bench_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_bench_leaves_nothing_behind(how: signal.Signals) -> None:
     command = [sys.executable, "-m", "gateway", "bench", "--calls", "2", "--seconds", "60", "--rounds", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     children: list[int] = []
@@ -259,7 +260,7 @@ def test_an_interrupted_bench_leaves_nothing_behind() -> None:
     while len(children) < 2 and time.monotonic() < end:
         time.sleep(0.1)
         children = family(process.pid)[1:]
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     _, complaints = process.communicate(timeout=30)
     assert 2 == len(children)
     assert "interrupted" in complaints

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +121,7 @@ def main() -> None:
             last = what
             print(what, file=sys.stderr, flush=True)
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for each in measure(chosen, [int(calls) for calls in options.calls.split(",")], options.rounds, timing, tell):
             rounds.append(each)
