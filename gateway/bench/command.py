@@ -81,6 +81,7 @@ def _drawable(_context: click.Context, _option: click.Parameter, path: Path | No
     "--frame-ms", default="20", show_default=True, type=click.Choice(["20", "40", "60", "100"]), help="In a message up."
 )
 @click.option("--listeners", default=0, show_default=True, type=click.IntRange(0, 10), help="More services that hear each call.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 64), help="Processes of the gateway.")
 @click.option("--idle-routes", default=0, type=click.IntRange(0, 100_000), help="Routes before the one that is taken.")
 @click.option("--idle-services", default=0, type=click.IntRange(0, 1000), help="Services that no call comes to.")
 @click.option("--plot", type=click.Path(path_type=Path), callback=_drawable, help="Draw calls against CPU and p99 into this PNG.")

@@ -57,6 +57,10 @@ class Subject(Struct, frozen=True, kw_only=True):
         """What to run. May write into `directory`."""
         return [each.format(listen=ports.listen, service=ports.service) for each in self.command]
 
+    def ready(self, ports: Ports) -> bool:
+        """Whether it takes calls, once it listens."""
+        return True
+
     def underruns(self, ports: Ports) -> int | None:
         """Its own count of holes in playout, if it has one."""
         return None
@@ -67,6 +71,7 @@ class Gateway(Subject, frozen=True, kw_only=True):
 
     name: str = "this gateway"
     path: str = "/carrier/stream"
+    workers: int = 1
     idle_routes: int = 0
     idle_services: int = 0
     options: Mapping[str, object] = field(default_factory=dict)
@@ -75,7 +80,7 @@ class Gateway(Subject, frozen=True, kw_only=True):
     def arguments(self, ports: Ports, calls: int, directory: Path) -> list[str]:
         path = directory / "gateway.yaml"
         path.write_text(json.dumps(self.document(ports, calls)))
-        return [sys.executable, "-m", "gateway", "serve", "--config", str(path)]
+        return [sys.executable, "-m", "gateway", "serve", "--config", str(path), "--workers", str(self.workers)]
 
     def document(self, ports: Ports, calls: int) -> dict[str, object]:
         """The configuration: nothing is turned off, and no limit of calls is in the way."""
@@ -103,6 +108,11 @@ class Gateway(Subject, frozen=True, kw_only=True):
             "routes": [*idle, {"service": "agent", "listeners": [f"listener-{number}" for number in range(self.listeners)]}],
             **self.options,
         }
+
+    def ready(self, ports: Ports) -> bool:
+        with suppress(OSError):
+            return bool(_get(f"http://127.0.0.1:{ports.admin}/readyz"))
+        return False
 
     def underruns(self, ports: Ports) -> int | None:
         found = 0.0
@@ -154,7 +164,7 @@ class Running:
             if self._process.poll() is not None:
                 raise BenchError(f"{self._subject.name} ended at once: {self.last_words()}")
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.ports.listen)) == 0:
+                if probe.connect_ex(("127.0.0.1", self.ports.listen)) == 0 and self._subject.ready(self.ports):
                     time.sleep(SETTLE_SECS)
                     return
             time.sleep(0.05)
