@@ -57,6 +57,7 @@ def subjects(ws: Path | None, pipecat: Path | None) -> dict[str, list[Subject]]:
             variant("Plivo", kind=PLIVO),
             variant("Plivo at 16 kHz", kind=PLIVO, carrier_format=pcm(16000)),
         ],
+        "workers": [variant("2 workers", workers=2)],
         "echo": [variant("echo service", service_format=None)],
         "frames": [variant(f"{ms} ms up", frame_ms=ms) for ms in (60, 100)],
         "listeners": [variant(f"{count} listener{'s' * (count > 1)}", listeners=count) for count in (1, 2, 4)],
@@ -91,7 +92,7 @@ def worst(row: Summary) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--subjects", default="ours,naive,node", help="of ours naive node pipecat formats echo frames listeners idle"
+        "--subjects", default="ours,naive,node", help="ours naive node pipecat formats echo frames listeners workers idle"
     )
     parser.add_argument("--calls", default="100", help="one or several: 10,50,100")
     parser.add_argument("--rounds", type=int, default=5)
