@@ -30,7 +30,7 @@ _MOST_SIGNATURES = 32
 class Signer:
     """One account's tokens. `accept_v2` admits the older signature, which covers neither query nor body."""
 
-    def __init__(self, auth_token: str | list[str] | None, *, accept_v2: bool = False) -> None:
+    def __init__(self, auth_token: str | list[str] | None, *, accept_v2: bool) -> None:
         self._tokens = _signature.keys(auth_token)
         self._accept_v2 = accept_v2
 

@@ -972,7 +972,7 @@ async def betray(server: Server, number: int) -> list[str]:
         assert 200 == status
         url = type(server.providers[name]).dial(body.decode()).url
         tokens.append(url.rpartition("/")[2])
-        made = KINDS[name](here(server, url), auth_token=CANARIES["token"], public_url=url, seed=number)
+        made = KINDS[name](here(server, url), auth_token=CANARIES["token"], public_url=url, seed=number, open_timeout=60)
         if name == "plivo":
             made.call_id, made.extra_headers = call_id, {"secret": CANARIES["parameter"]}
         else:

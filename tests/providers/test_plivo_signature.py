@@ -187,6 +187,17 @@ def test_v2_is_accepted_on_request_only() -> None:
     assert not accepted(upgrade)
 
 
+def test_the_form_that_was_signed_is_told() -> None:
+    signer = Provider(Settings(auth_token=TOKEN))
+    assert "https://voice.example.com/plivo/stream/x" == signer.authenticate(
+        request("GET", "https://voice.example.com/plivo/stream/x", hmac_of(f"https://voice.example.com/plivo/stream/x.{NONCE}"))
+    )
+    for scheme in ("http", "wss"):
+        url = "wss://voice.example.com/plivo/stream/x"
+        signed = f"{scheme}://voice.example.com/plivo/stream/x"
+        assert signed == signer.authenticate(request("GET", url, hmac_of(f"{signed}.{NONCE}"), Upgrade="websocket"))
+
+
 def test_a_request_is_known_by_the_nonce_of_the_signature_that_is_right() -> None:
     """A nonce beside it is anybody's word."""
     v3, v2 = hmac_of(f"{ANSWER}.{NONCE}"), hmac_of(f"{ANSWER}{NONCE}")
