@@ -82,7 +82,7 @@ async def gateway(
     script = f"{program}\nfrom gateway.cli import main\nmain()"
     with log.open("wb") as file:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", script, "serve", "--config", config),
+            *(sys.executable, "-c", script, "serve", "--workers", "1", "--config", config),
             stderr=file,
             env={**os.environ, "NO_COLOR": "1"},
         )

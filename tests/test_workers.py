@@ -16,6 +16,7 @@ import json
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -48,8 +49,9 @@ CONNECT_SECS = 10.0
 class Traffic:
     """Calls that come and go: a webhook and a stream each. A connection is one handshake; what went wrong is counted by how."""
 
-    def __init__(self, port: int, *, at_once: int = 8) -> None:
+    def __init__(self, port: int, *, at_once: int = 8, ssl: ssl.SSLContext | None = None) -> None:
         self.port = port
+        self._ssl = ssl
         self.handshakes = 0
         self.calls = 0
         self.wrong: Counter[str] = Counter()
@@ -86,7 +88,7 @@ class Traffic:
         async with self._connected() as (reader, writer):
             writer.write(f"{head}Content-Type: application/x-www-form-urlencoded\r\n\r\n".encode() + body)
             answer = (await reader.read()).decode()
-        found = re.search(r'url="ws://[^/]+(/[^"]+)"', answer)
+        found = re.search(r'url="wss?://[^/]+(/[^"]+)"', answer)
         if OVERFLOW in answer:  # a machine that is short of something takes fewer calls; that refuses no handshake
             self.overflows += 1
             await asyncio.sleep(0.1)
@@ -95,7 +97,7 @@ class Traffic:
             raise Broken("no answer" if not answer else "not answered with a stream")
         async with self._connected() as (reader, writer):
             await stream(reader, writer, found[1], call_sid)
-            writer.write(frame(8, (1000).to_bytes(2)))
+            writer.write(hung_up(call_sid))
             if not await reader.read():
                 raise Broken("closed without a close frame")
 
@@ -104,7 +106,7 @@ class Traffic:
         began = time.monotonic()
         self.handshakes += 1
         async with asyncio.timeout(CONNECT_SECS):
-            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            reader, writer = await asyncio.open_connection("localhost" if self._ssl else "127.0.0.1", self.port, ssl=self._ssl)
             try:
                 yield reader, writer
             finally:
@@ -138,6 +140,13 @@ async def stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pat
         writer.write(frame(1, json.dumps(message).encode()))
 
 
+def hung_up(call_sid: str) -> bytes:
+    """The caller has hung up, and the stream is closed."""
+    stop = {"accountSid": "AC" + "0" * 32, "callSid": call_sid}
+    message = {"event": "stop", "sequenceNumber": "2", "stop": stop, "streamSid": "MZ" + call_sid[2:]}
+    return frame(1, json.dumps(message).encode()) + frame(8, (1000).to_bytes(2))
+
+
 def frame(opcode: int, payload: bytes) -> bytes:
     """A client's WebSocket frame, masked with zeros."""
     size = len(payload)
@@ -148,15 +157,17 @@ def frame(opcode: int, payload: bytes) -> bytes:
 class Held:
     """A call that stays, and tells whether it was ever closed by the other end."""
 
-    def __init__(self, port: int, number: int) -> None:
+    def __init__(self, port: int, number: int, *, ssl: ssl.SSLContext | None = None) -> None:
         self._port = port
-        self._call_sid = f"CB{number:032x}"
+        self._ssl = ssl
+        self.call_sid = f"CB{number:032x}"
         self.dropped = False
         self._reading: asyncio.Task[None]
 
     async def place(self, tasks: asyncio.TaskGroup) -> None:
-        reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
-        await stream(reader, self._writer, "/twilio/stream", self._call_sid)
+        host = "localhost" if self._ssl else "127.0.0.1"
+        reader, self._writer = await asyncio.open_connection(host, self._port, ssl=self._ssl)
+        await stream(reader, self._writer, "/twilio/stream", self.call_sid)
         self._reading = tasks.create_task(self._read(reader))
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
@@ -168,7 +179,7 @@ class Held:
     def hang_up(self) -> None:
         """Without waiting for the other end."""
         self._reading.cancel()
-        self._writer.write(frame(8, (1000).to_bytes(2)))
+        self._writer.write(hung_up(self.call_sid))
         self._writer.close()
 
 

@@ -236,7 +236,9 @@ def gateway(**options: Any) -> Iterator[tuple[int, int]]:
         path = Path(directory) / "gateway.yaml"
         path.write_text(json.dumps(document(port) | options))
         process = subprocess.Popen(
-            [sys.executable, "-m", "gateway", "serve", "--config", str(path)], cwd=ROOT, stderr=subprocess.DEVNULL
+            [sys.executable, "-m", "gateway", "serve", "--workers", "1", "--config", str(path)],
+            cwd=ROOT,
+            stderr=subprocess.DEVNULL,
         )
         try:
             for _ in range(200):
