@@ -249,7 +249,7 @@ async def test_a_gateway_is_drained_and_replaced_in_mid_traffic(files: Files, tm
         await gateway.start()
     arguments = command("haproxy", files, tmp_path, outer, gateways[0].port, gateways[0].admin)
     second = f"127.0.0.1:{gateways[1].port}"
-    changes = {"# server gateway2 10.0.0.12:8080": f"server gateway2 {second}", "inter 1s": "inter 100ms"}
+    changes = {"# server gateway2 10.0.0.12:8080": f"server gateway2 {second}", "inter 1s": "inter 300ms"}
     rewrite(Path(arguments[-1]), changes | {f"{second} port 9090": f"{second} port {gateways[1].admin}"})
     process = await run(arguments, tmp_path / "output")
     try:
@@ -264,7 +264,7 @@ async def test_a_gateway_is_drained_and_replaced_in_mid_traffic(files: Files, tm
             passing = tasks.create_task(traffic.run(1))
             await asyncio.sleep(0.5)
             gateways[0].process.send_signal(signal.SIGTERM)
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(2.0)
             before = traffic.calls
             await asyncio.sleep(1.0)
             assert traffic.calls > before, "the other one takes them"
@@ -278,7 +278,7 @@ async def test_a_gateway_is_drained_and_replaced_in_mid_traffic(files: Files, tm
             assert 0 == await gateways[0].ended()
             assert 3 == sum(call.dropped is False for call in held if call.call_sid not in mine)
             await gateways[0].start()
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(2.0)
             for call in held:
                 if call.call_sid not in mine:
                     call.hang_up()
