@@ -130,12 +130,13 @@ class Meter:
         """Of the tightest limit of the control groups that this process is in; without one, of the host's memory."""
         shares = []
         for group in self._of_group("memory"):
-            new = (group / "memory.max").exists()
+            new = bool(_text(group / "memory.max"))
             limit = _number(group / ("memory.max" if new else "memory.limit_in_bytes"))
             current = _number(group / ("memory.current" if new else "memory.usage_in_bytes"))
             if limit is not None and current is not None and 0 < limit < 2**60:  # the old kind's "unlimited" is above
-                idle = _fields(group / "memory.stat").get("inactive_file" if new else "total_inactive_file", 0)
-                shares.append(max(0, current - idle) / limit)
+                stat, prefix = _fields(group / "memory.stat"), "" if new else "total_"
+                cache = sum(stat.get(f"{prefix}{which}_file", 0) for which in ("active", "inactive"))  # of recordings, say
+                shares.append(max(0, current - cache) / limit)
         if shares:
             return max(shares)
         fields = _fields(self._proc / "meminfo")
@@ -171,7 +172,7 @@ class Meter:
                 continue
             base = self._groups / controller if controllers else self._groups
             group = base / path.lstrip("/")
-            if ".." in group.parts or not group.is_dir():
+            if ".." in group.parts or not os.path.isdir(group):  # noqa: PTH112 — which never raises
                 group = base  # in a container the path is the host's
             while True:
                 yield group

@@ -149,7 +149,7 @@ GROUP = "sys/fs/cgroup/pod/box/memory"
 
 def test_memory_is_that_of_the_tightest_limit_without_what_the_kernel_can_take_back(tree: Callable[..., Meter]) -> None:
     files = {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/pod/box\n", f"{GROUP}.max": "max\n"}
-    files |= {f"{GROUP}.current": "900\n", f"{GROUP}.stat": "anon 700\ninactive_file 100\n"}
+    files |= {f"{GROUP}.current": "900\n", f"{GROUP}.stat": "anon 700\nactive_file 60\ninactive_file 40\n"}
     meter = tree(**files)
     meter.look(0, 0)
     assert {"memory": 0.8} == meter.used, "no limit: the host's"
