@@ -362,13 +362,18 @@ class Supervisor:
                 self._directory = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=base))
                 return
             self._directory = base / f"{name}-{hashlib.sha256(self.settings.listen.encode()).hexdigest()[:16]}"
-            with suppress(FileExistsError):
-                self._directory.mkdir(0o700)
-            about = self._directory.lstat()
-            if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o077:
-                raise NotStarted(1, f"{self._directory} belongs to somebody else, or is open to others; remove it")
-            self._lock = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while True:
+                with suppress(FileExistsError):
+                    self._directory.mkdir(0o700)
+                about = self._directory.lstat()
+                if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o077:
+                    raise NotStarted(1, f"{self._directory} belongs to somebody else, or is open to others; remove it")
+                self._lock = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(self._lock), self._directory.lstat()):
+                        break
+                os.close(self._lock)  # the one before us has removed it just now
         except BlockingIOError:
             raise NotStarted(1, f"can't listen on {self.settings.listen}: another gateway of this user does") from None
         except OSError as error:
@@ -601,10 +606,9 @@ class Supervisor:
             self._nursery.close()
 
     def _tidy(self) -> None:
-        """The directory stays where others may look for us: it is what they lock, and one that is removed locks nobody out."""
+        """Remove the directory, unless some worker is there still. We hold its lock; whoever comes next sees that it is gone."""
         with suppress(AttributeError, OSError):
-            if not self._findable:
-                self._directory.rmdir()
+            self._directory.rmdir()
 
     # --- meanwhile ---
 
