@@ -239,7 +239,7 @@ class AudioPeer(Peer):
                 await self.speak(self.audio)
             self.said.set()
             self.changed()
-            while self.line_silence:
+            while self.line_silence and not (self.stopped or self.closed.is_set()):  # else nothing in here would ever wait
                 if self._mouth.locked():
                     await asyncio.sleep(0.02)
                 else:
