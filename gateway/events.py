@@ -37,7 +37,7 @@ class StopReason(StrEnum):
     SERVICE_LOST = "service_lost"  # no service (any more)
     DRAIN = "drain"  # this gateway is going away
     PROTOCOL_ERROR = "protocol_error"  # too many bad frames
-    TIMEOUT = "timeout"  # no start in time
+    TIMEOUT = "timeout"  # no start in time, or nothing more from a carrier that is still connected
     DETACHED = "detached"  # an operator took this listener off the call, which goes on
 
 

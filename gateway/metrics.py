@@ -66,6 +66,7 @@ COUNTERS = {
     "telephony_bad_frames": Family("Frames that could not be read or used, and were skipped", ("provider", "reason")),
     "telephony_unknown_frames": Family("Well-formed frames of a kind that the codec does not know", ("provider",)),
     "telephony_gap_seconds": Family("Audio that the carrier's timestamps left out", ("provider",)),
+    "telephony_media_stalls": Family("How often a carrier sent no audio for 3 s while its connection lived", ("provider",)),
     "telephony_dropped_seconds": Family("Callers' audio that no service got and none will get", ("provider",)),
     "telephony_playout_refused_seconds": Family("Services' audio that found the playout queue full", ("provider",)),
     "telephony_underruns": Family("Holes in what was meant to be played as one piece", ("provider",)),
@@ -356,6 +357,7 @@ class Metrics(Collector):
         for name in self._providers:  # a rate needs a zero to begin with
             for counted in (
                 "telephony_gap_seconds",
+                "telephony_media_stalls",
                 "telephony_dropped_seconds",
                 "telephony_underruns",
                 "telephony_unstarted",

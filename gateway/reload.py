@@ -22,7 +22,7 @@ APPLIED = frozenset(
         *("providers", "services", "routes", "tls", "trusted_proxies"),
         *("max_calls", "max_calls_per_second", "max_pending_per_address"),
         *("max_cpu_percent", "max_host_cpu_percent", "max_memory_percent", "max_egress_mbit"),
-        *("start_timeout_secs", "reattach_secs", "capacity_ms", "hold_ms", "drain_secs", "sounds"),
+        *("start_timeout_secs", "stall_timeout_secs", "reattach_secs", "capacity_ms", "hold_ms", "drain_secs", "sounds"),
     }
 )
 """Keys whose new values count for new calls. Others take a restart: sockets are bound to them, or calls sign by them."""

@@ -45,6 +45,14 @@ LARGEST_FRAME = 64 * 1024
 """Bytes of one frame or webhook body from a carrier; the largest legitimate frame is a start with many parameters."""
 
 HEARTBEAT_SECS = 10.0
+"""A carrier that has said nothing for so long is pinged, and gone if half as long later nothing has come."""
+
+MEDIA_HEARTBEAT_SECS = 2.5
+"""The same of carriers that send audio, which is never silent for so long: a dead connection is found within 4 s."""
+
+STALL_LOOK_SECS = 0.25
+"""How often streams are asked whether their carrier's audio flows."""
+
 SLOW_HEADER_SECS = 3.5  # after the first bytes
 HANDSHAKE_SECS = 5.0
 BODY_SECS = 5.0
@@ -110,6 +118,8 @@ class Server:
         self._porters: Porters | None = None
         self._certificate: Certificate | None = None
         self._next_check: asyncio.TimerHandle | None = None
+        self._next_look: asyncio.TimerHandle | None = None
+        self._looked_at = 0.0
         self._announced: dict[tuple[str, str], tuple[float, Rules]] = {}
         """By provider's name and call id: calls that were answered, until when their stream may come; the oldest first."""
         self._former: dict[str, Rules] = {}
@@ -182,6 +192,8 @@ class Server:
             raise
         self.port = int(self._listeners[0].sockets[0].getsockname()[1])
         self._check_certificate()
+        self._looked_at = loop.time()
+        self._look()
         if self.settings.admin is not None or self._place is not None:
             self.watchdog.start()
             self.admin = self._make_admin()
@@ -272,6 +284,8 @@ class Server:
         """Stop listening; end every live stream properly."""
         if self._next_check is not None:
             self._next_check.cancel()
+        if self._next_look is not None:
+            self._next_look.cancel()
         for listener in self._listeners:
             listener.close()
         if self._porters is not None:
@@ -319,6 +333,16 @@ class Server:
         if self._certificate is not None:
             self._certificate.check()
             self._next_check = asyncio.get_running_loop().call_later(CHECK_SECS, self._check_certificate)
+
+    def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._next_look = loop.call_later(STALL_LOOK_SECS, self._look)
+        now = loop.time()
+        # While we were held up ourselves, nobody's audio could be seen to come.
+        elapsed = min(now - self._looked_at, 2 * STALL_LOOK_SECS)
+        self._looked_at = now
+        for stream in [*self.streams.values()]:
+            stream.look(elapsed)
 
     # --- webhooks ---
 
@@ -451,7 +475,7 @@ class Server:
                 protocols=provider.subprotocols,
                 compress=False,
                 max_msg_size=LARGEST_FRAME,
-                heartbeat=HEARTBEAT_SECS,
+                heartbeat=HEARTBEAT_SECS if provider.carrier().habits.text else MEDIA_HEARTBEAT_SECS,
                 timeout=FAREWELL_SECS,
             )
             await socket.prepare(request)

@@ -293,6 +293,7 @@ class Settings(Struct, frozen=True):
     max_memory_percent: of the control group's memory limit, else of the host's memory, likewise; 100: all.
     max_egress_mbit: megabits a second that may leave the host before new calls are refused; default none, any number.
     start_timeout_secs: how long a stream may take to send its start frame.
+    stall_timeout_secs: how long a carrier of audio may send nothing, though it is connected, before its stream ends; 0: for ever.
     reattach_secs: how long a call whose carrier's connection was lost may take to come back and go on; 0: it ends at once.
     capacity_ms: audio that may wait to be played to one caller.
     hold_ms: the caller's first words that are kept while the service is being dialled.
@@ -320,6 +321,7 @@ class Settings(Struct, frozen=True):
     max_memory_percent: Annotated[int, Meta(ge=1, le=100)] = 85
     max_egress_mbit: Annotated[float, Meta(gt=0)] | None = None
     start_timeout_secs: Annotated[float, Meta(gt=0, le=60)] = 5.0
+    stall_timeout_secs: Annotated[float, Meta(ge=0, le=86_400)] = 60.0
     reattach_secs: Annotated[float, Meta(ge=0, le=60)] = 5.0
     capacity_ms: Annotated[int, Meta(ge=1_000, le=3_600_000)] = 120_000
     hold_ms: Annotated[int, Meta(ge=0, le=60_000)] = 5_000

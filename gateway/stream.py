@@ -54,6 +54,7 @@ from gateway.services.recorder import RecorderLink, prepare
 from gateway.services.websocket import WebsocketLink
 from gateway.session import Session
 from gateway.settings import EchoService, RecorderService, Route, Service, Settings, WebsocketService
+from gateway.stall import Stall
 from gateway.stopwatch import EVERY, Stopwatch
 from gateway.tracing import Tracer
 
@@ -155,6 +156,7 @@ class Stream:
         self._owed: tuple[str, ...] = ()  # checkpoints of the call's last stream, until a service is told what became of them
         self._closed_with: int | None = None  # the carrier's own close code
         self._released = asyncio.Event()  # nobody need wait for the carrier to come back
+        self._stall = Stall()
         self._stopwatch = Stopwatch()
         self._timed_frame = EVERY  # the carrier's frames from this number on are timed
         self._untimed = EVERY  # commands until the next one is timed
@@ -229,6 +231,23 @@ class Stream:
         self._channel.unsubscribe(self.subscription)
         self.end(StopReason.CARRIER_CLOSED)
         return True
+
+    def look(self, elapsed: float) -> None:
+        """Whoever has the process's clock calls this a few times a second: has the carrier gone silent?"""
+        session, stall = self.session, self._stall
+        if session.over or session.playout is None or self._socket.closed:
+            return  # not begun, of text, or waiting for the carrier to come back
+        silent_secs = stall.silent_secs
+        change = stall.look(session.received_bytes, session.frames_in, elapsed)
+        if change == "stalled":
+            self._house.totals.happened("telephony_media_stalls", self.provider)
+            self.log.warning("media_stalled", silent_ms=round(stall.silent_secs * 1000))
+        elif change == "resumed":
+            self.log.info("media_resumed", silent_ms=round(silent_secs * 1000))
+        patience = self._house.settings.stall_timeout_secs
+        if patience and stall.mute_secs >= patience:
+            self.log.warning("stall_timeout", after_secs=patience)
+            self.end(StopReason.TIMEOUT)
 
     def figures(self) -> Figures:
         """How it fares."""
@@ -308,6 +327,7 @@ class Stream:
                 self.end(StopReason.PROTOCOL_ERROR)
             else:
                 self.log.warning("carrier_vanished", error=str(message.data))  # no pong came
+                self._transport.abort()  # or what it has not taken would keep the socket open
         if message.type not in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
             if message.type is aiohttp.WSMsgType.CLOSE:
                 self._closed_with = message.data

@@ -135,8 +135,9 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
         Row(
             "F13",
             "Audio stops, the socket lives",
-            "told after 3 s",
-            open="the gateway does not tell yet that a carrier has gone silent; the heartbeat ends dead connections",
+            "told after 3 s; the stream ends when nothing of any kind has come for 60 s (`stall_timeout_secs`)",
+            ("test_stall.py::test_three_seconds_are_told_once_within_a_quarter",),
+            limits="told in the log and in a metric, not to the service: it has the gap when audio is back",
         ),
         Row(
             "F14",
@@ -151,7 +152,10 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
     ),
     "Transport": (
         Row(
-            "T1", "A connection that is dead and does not say so", "noticed by the heartbeat", open="written with the chaos proxy"
+            "T1",
+            "A connection that is dead and does not say so",
+            "noticed by the heartbeat: within 4 s where audio is due, else 15 s; a peer that only never pongs is kept",
+            limits="the chaos proxy lets all bytes vanish: without a network namespace, that is what a dead route looks like",
         ),
         Row("T2", "Peers that take their time: silent, dripping, a slow TLS hello", "cut within seconds; calls don't notice"),
         Row("T3", "A flood of upgrades that nobody signed", "refused for microseconds each, told once a second; calls bit-exact"),
