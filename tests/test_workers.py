@@ -36,7 +36,7 @@ from tests.doubles import RecordingService, TwilioMedia
 from tests.test_doctor import free_port
 from tests.test_drain import OVERFLOW, Gateway, agent, running, until
 from tests.test_end_to_end import MULAW
-from tests.test_reload import sid
+from tests.test_reload import call_of, sid
 from tests.test_tls import Files
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="several workers need Linux")
@@ -75,7 +75,7 @@ class Traffic:
         while not (self._done and self.handshakes >= self._wanted):
             self._number += 1
             try:
-                await self._call(f"CA{self._number:032x}")
+                await self._call(f"CC{self._number:032x}")
                 self.calls += 1
             except (OSError, EOFError, TimeoutError) as error:
                 self.wrong[type(error).__name__] += 1
@@ -308,7 +308,7 @@ async def test_o4_workers_and_calls_outlive_the_supervisor_and_the_next_one_take
         traffic = Traffic(gateway.port, at_once=2)
         async with asyncio.TaskGroup() as tasks, TwilioMedia(await gateway.stream_url(sid(1)), call_sid=sid(1)) as call:
             tasks.create_task(traffic.run(1))
-            link = await service.connected()
+            link = await call_of(service, sid(1))
             gateway.process.kill()
             await gateway.process.wait()
             await call.speak(MULAW[:1600])
