@@ -471,8 +471,8 @@ def _autobahn(figures: dict[str, Any]) -> str:
 
 def _path(figures: dict[str, Any]) -> str:
     return (
-        f"{figures['frames']:,} frames of {figures['calls']} calls: {figures['bytes_per_million_frames']:,} bytes and "
-        f"{figures['blocks_per_million_frames']} blocks a million"
+        f"{figures['frames']:,} frames of {figures['calls']} calls: {figures['grown_kib']:+,} KiB in all, "
+        f"{figures['blocks_per_million_frames']:+} objects a million"
     )
 
 
