@@ -272,6 +272,7 @@ async def calls(
             async with gateway(Path(directory), document, program=program) as running:
                 found = await burst(running, service, 2 * at_once, at_once, "000")
                 before = await state(running, socket_path, patience)
+                assert before["House"] == 1, "the process that is looked at is not the one that takes the calls"
                 figures: dict[str, Any] = {"calls": 2 * count, "rss_before_kib": running.rss_kib}
                 began = monotonic()
                 for number in (1, 2):
