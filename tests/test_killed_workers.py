@@ -123,9 +123,21 @@ class Service:
 
 
 async def killing(
-    directory: Path, *, kills: int, calls: int, workers: int, call_secs: float = 12.0, pause_secs: float = 1.0, seed: int = 1
+    directory: Path,
+    *,
+    kills: int,
+    calls: int,
+    workers: int,
+    call_secs: float = 12.0,
+    pause_secs: float = 1.0,
+    seed: int = 1,
+    replaces: int = 0,
+    drain_secs: float = 30.0,
 ) -> dict[str, Any]:
-    """So many workers are killed, one at a time, while so many calls go on and new ones follow those that end."""
+    """So many workers are killed, one at a time, while so many calls go on and new ones follow those that end.
+
+    And all of them are replaced so many times, by new ones that get the calls after `drain_secs`.
+    """
     random, service = Random(seed), Service()
     app = web.Application()
     app.router.add_get("/", service.serve)
@@ -135,7 +147,7 @@ async def killing(
     url = f"ws://127.0.0.1:{runner.addresses[0][1]}/"
     options: dict[str, Any] = {
         "max_calls": 4 * calls + 100, "max_pending_per_address": 5000, "max_calls_per_second": 10_000,
-        "max_cpu_percent": 100, "max_host_cpu_percent": 100,
+        "drain_secs": drain_secs, "max_cpu_percent": 100, "max_host_cpu_percent": 100,
         "providers": {name: {"kind": kind, "auth": "none"} for name, kind in KINDS.items()},
         "services": {"agent": {"kind": "websocket", "url": url, "media_format": {"encoding": "mulaw", "sample_rate": 8000}}},
         "routes": [{"service": "agent"}],
@@ -161,6 +173,15 @@ async def killing(
                     await wait_for(there)
                     replaced.append(time.monotonic() - began)
                     await asyncio.sleep(pause_secs)
+                for _ in range(replaces):
+                    before = await pids(gateway)
+                    assert 202 == (await gateway.ask("/replace", "POST"))[0]
+
+                    async def others(before: list[int] = before) -> bool:
+                        return not {*before} & {*await pids(gateway)} and await settled(gateway, workers)
+
+                    await wait_for(others)
+                    await asyncio.sleep(drain_secs + pause_secs)
                 over.set()
             with suppress(TimeoutError):  # what is told last is still on its way
                 await until(lambda: all(session.stops for session in service.sessions.values()))
@@ -206,7 +227,10 @@ def figures(service: Service, reports: list[CallReport], replaced: list[float], 
         "frames_lost_beyond_the_gap_at_each_loss": {"mean": round(sum(beyond) / len(beyond), 2), "max": max(beyond)},
         "stops_not_one": sum(session.stops != 1 for session in service.sessions.values()),
         "gap_ms": {name: percentile(gaps, share) for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))},
-        "replaced_ms": {"p50": percentile(sorted(1000 * each for each in replaced), 0.5), "max": round(1000 * max(replaced))},
+        "replaced_ms": {
+            "p50": percentile(sorted(1000 * each for each in replaced), 0.5),
+            "max": round(1000 * max(replaced, default=0)),
+        },
     }  # fmt: skip
 
 
@@ -221,6 +245,14 @@ async def test_o3_every_call_of_a_killed_worker_comes_back_and_nothing_that_was_
     assert found["frames_lost_beyond_the_gap_at_each_loss"]["max"] <= UNDER_WAY, found
     assert 0 == found["stops_not_one"]
     assert found["reattached"] > 0
+
+
+async def test_o2_calls_that_outlast_the_drain_of_a_replaced_worker_go_on_with_its_successor(tmp_path: Path) -> None:
+    found = await killing(tmp_path, kills=0, replaces=1, calls=4, workers=2, call_secs=8.0, drain_secs=0.5)
+    assert ([], []) == (found["failed"], found["wrong"])
+    assert (0, 0, 0) == (found["not_reattached"], found["unheard"], found["stops_not_one"])
+    assert found["frames_lost_beyond_the_gap_at_each_loss"]["max"] <= UNDER_WAY, found
+    assert 4 == found["calls_that_came_back"]
 
 
 def arguments() -> Iterator[tuple[str, int]]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,8 +63,9 @@ async def test_serve_answers_a_simulated_call_and_stops_cleanly(command: Path, t
     )
     assert process.stderr is not None
     try:
-        listening = json.loads(await asyncio.wait_for(process.stderr.readline(), 20))
-        assert "listening" == listening["event"]
+        listening: dict[str, Any] = {}
+        while listening.get("event") != "listening":
+            listening = json.loads(await asyncio.wait_for(process.stderr.readline(), 20))
         caller = await asyncio.create_subprocess_exec(
             *(command, "simulate", "plivo_audio_streaming", "--url", f"http://{listening['address']}/plivo/answer"),
             *("--save", tmp_path / "heard.wav", "--dtmf", "1", "--calls", "2"),
