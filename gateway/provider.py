@@ -8,7 +8,7 @@ a carrier with the second; conformance tests plug the two together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 from urllib.parse import parse_qsl
 
 from msgspec import Struct, field
@@ -190,6 +190,15 @@ class Codec(Protocol):
 
         Raises UnsupportedCommand if the wire can't say it, NotStarted before the start frame was decoded.
         """
+        ...
+
+
+@runtime_checkable
+class Numbered(Protocol):
+    """A `Codec` whose carrier numbers its messages, +1 each, whatever they are; then frames out of order are put in order."""
+
+    def number(self, frame: str | bytes) -> int | None:
+        """The number of a frame; None where it has none that can be read. Asked only where audio seems to be missing."""
         ...
 
 

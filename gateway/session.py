@@ -42,8 +42,9 @@ from gateway.events import (
 )
 from gateway.media import Track
 from gateway.playout import CONFIRM_SECS, MOST_PENDING, Playout
-from gateway.provider import Codec
+from gateway.provider import Codec, Numbered
 from gateway.recital import Recital
+from gateway.reorder import WINDOW, Reorder
 from gateway.timeline import Timeline
 
 HELD_FRAMES = 25
@@ -91,6 +92,11 @@ class Session:
         self._frames: deque[str | bytes] = deque()
         self._early: list[Audio] = []
         self._timelines: dict[Track, Timeline] = {}
+        self._number = codec.number if isinstance(codec, Numbered) else None
+        self._last_audio: str | bytes = ""  # the last frame with audio that was not late
+        self._last_other: str | bytes = ""
+        self._last_number = -1  # of the frame that ended the last disorder
+        self._disorder: Reorder[Audio | None] | None = None  # None in it: a frame that was no audio
         self._sample_bytes = 1
         self._rests: dict[Track, bytes] = {}  # the first bytes of a sample whose others are in the next chunk
         self._bad_since = float("-inf")
@@ -137,13 +143,15 @@ class Session:
             events = self._codec.decode(frame)
         except MalformedFrame as error:
             self._malformed(error, now)
+            self._pass(frame)
             return
         self._tell_heard(now)
         for event in events:
             if type(event) is Audio:
-                self._hear(event)
+                self._hear(event, frame)
             else:
                 self._tell(event, now)
+                self._pass(frame)
         if self.playout is not None and self.playout.outbound is not None and self.received_bytes:
             placed = self.received_bytes - self.duplicate_bytes
             self.playout.outbound.sync(self.playout.media_format.duration_ms(placed) + self.gap_ms, now)
@@ -216,7 +224,11 @@ class Session:
 
     # --- inside: upwards ---
 
-    def _hear(self, audio: Audio) -> None:
+    def _hear(self, audio: Audio, frame: str | bytes | None = None) -> None:
+        """Take what the carrier sent. With its `frame` it may be held until those before it are here."""
+        if self._disorder is not None and frame is not None:
+            self._sort(audio, frame)
+            return
         start = self.start
         if start is None:
             if len(self._early) < HELD_FRAMES:
@@ -233,15 +245,72 @@ class Session:
         if audio.timestamp_ms is not None and start.media_format is not None:
             timeline = self._timelines.get(audio.track)
             if timeline is None:
+                if frame is not None and self._overtook(frame):
+                    self._hold(audio, frame)
+                    return
                 timeline = self._timelines[audio.track] = Timeline()
             lost = timeline.place(audio.timestamp_ms, audio.payload, start.media_format.duration_ms(size))
             if lost is None:
                 self.duplicate_bytes += size
                 return
             if lost:
+                if frame is not None and self._overtook(frame):
+                    timeline.take_back()
+                    self._hold(audio, frame)
+                    return
                 self.gap_ms += lost
                 self._emit(Gap(lost, audio.track))
+            if frame is not None:
+                self._last_audio = frame
         self._emit(audio)
+
+    def _pass(self, frame: str | bytes) -> None:
+        """A frame that is no audio has its place in the order too."""
+        if self._disorder is not None or self._overtook(frame):
+            self._sort(None, frame)
+        self._last_other = frame
+
+    def _overtook(self, frame: str | bytes) -> bool:
+        """Whether the frames that are missing before this one may still come: by its number, not if the carrier left time out."""
+        if self._number is None or self._rests:
+            return False
+        seen = (self._last_number, self._number(self._last_audio), self._number(self._last_other))
+        missing = 1 + max(number for number in seen if number is not None)
+        number = self._number(frame)
+        if not missing or number is None or not missing < number <= missing + WINDOW:
+            return False
+        self._disorder = Reorder(missing)
+        return True
+
+    def _hold(self, audio: Audio, frame: str | bytes) -> None:
+        self.received_bytes -= len(audio.payload)  # it is counted when it is heard
+        self._sort(audio, frame)
+
+    def _sort(self, audio: Audio | None, frame: str | bytes) -> None:
+        """One more frame while there is a disorder."""
+        number = self._number(frame) if self._number is not None else None
+        if self._disorder is None or (number is None and audio is None):
+            return
+        if number is None:
+            self.settle()
+            self._put(audio)
+            return
+        for each in self._disorder.put(number, audio):
+            self._put(each)
+        if not self._disorder.holds:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait no longer for frames that others have overtaken. For whoever sees that nothing more comes."""
+        if self._disorder is not None:
+            disorder, self._disorder = self._disorder, None
+            for audio in disorder.give_up():
+                self._put(audio)
+            self._last_number = disorder.missing - 1
+
+    def _put(self, audio: Audio | None) -> None:
+        if audio is not None:
+            self._hear(audio)
 
     def _tell_heard(self, now: float) -> None:
         """The outbound track up to now, so that it stands before whatever is told next."""
@@ -310,6 +379,7 @@ class Session:
     def _finish(self, stop: Stop, now: float) -> None:
         if self.stop is not None:
             return
+        self.settle()
         self._tell_heard(now)
         if self.playout is not None:
             hung_up = stop.reason in (StopReason.CALLER_HANGUP, StopReason.CARRIER_CLOSED)

@@ -11,10 +11,12 @@ STALLED_SECS = 3.0
 class Stall:
     """One stream's silence on the wire, as far as looks at its counters tell."""
 
-    __slots__ = ("_audio", "_frames", "mute_secs", "silent_secs", "stalled")
+    __slots__ = ("_frames", "audio", "mute_secs", "silent_secs", "stalled")
 
     def __init__(self) -> None:
-        self._audio = self._frames = 0
+        self._frames = 0
+        self.audio = 0
+        """Bytes, at the last look."""
         self.silent_secs = 0.0
         """Since the last audio."""
         self.mute_secs = 0.0
@@ -23,8 +25,8 @@ class Stall:
 
     def look(self, audio: int, frames: int, elapsed: float) -> Literal["stalled", "resumed"] | None:
         """`audio`: bytes of it so far; `frames`: of any kind; `elapsed`: seconds since the last look. Returns what is new."""
-        if audio != self._audio:
-            self._audio, self._frames = audio, frames
+        if audio != self.audio:
+            self.audio, self._frames = audio, frames
             self.silent_secs = self.mute_secs = 0.0
             if not self.stalled:
                 return None

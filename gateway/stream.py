@@ -238,6 +238,8 @@ class Stream:
         if session.over or session.playout is None or self._socket.closed:
             return  # not begun, of text, or waiting for the carrier to come back
         silent_secs = stall.silent_secs
+        if session.received_bytes == stall.audio:
+            session.settle()  # what was overtaken would have been here by now
         change = stall.look(session.received_bytes, session.frames_in, elapsed)
         if change == "stalled":
             self._house.totals.happened("telephony_media_stalls", self.provider)

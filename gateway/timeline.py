@@ -19,12 +19,13 @@ class Timeline:
     The sum of audio and told gaps is as long as the timestamps say, within JITTER_MS.
     """
 
-    __slots__ = ("_ahead", "_last_payload", "_last_timestamp")
+    __slots__ = ("_ahead", "_before", "_last_payload", "_last_timestamp")
 
     def __init__(self) -> None:
         self._last_timestamp: int | None = None
         self._last_payload = b""
         self._ahead = 0.0  # milliseconds of audio (and told gaps) beyond the time of the last timestamp
+        self._before = (0, b"", 0.0)  # all three, before the last gap
 
     def place(self, timestamp_ms: int, payload: bytes, duration_ms: float) -> int | None:
         """Put a chunk on the axis. Returns the milliseconds missing before it, or None if it is a duplicate to be dropped."""
@@ -39,15 +40,20 @@ class Timeline:
             return 0
         if step < -JITTER_MS or (step == 0 and payload == self._last_payload):
             return None
-        self._last_timestamp = timestamp_ms
-        self._last_payload = payload
         ahead = self._ahead - step
         lost = 0
         if ahead < -JITTER_MS:
+            self._before = (last, self._last_payload, self._ahead)
             lost = round(-ahead)
             ahead += lost  # the rest of the rounding counts towards the next gap
+        self._last_timestamp = timestamp_ms
+        self._last_payload = payload
         self._ahead = min(ahead + duration_ms, LARGEST_SURPLUS_MS)
         return lost
+
+    def take_back(self) -> None:
+        """The chunk before which something was missing was not to be placed yet. Right after `place`, once."""
+        self._last_timestamp, self._last_payload, self._ahead = self._before
 
     def _begin(self, timestamp_ms: int, payload: bytes, duration_ms: float) -> None:
         self._last_timestamp = timestamp_ms

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Generic, TypeVar, get_args
 
-from msgspec import DecodeError, Meta, MsgspecError, ValidationError, defstruct
+from msgspec import DecodeError, Meta, MsgspecError, Struct, ValidationError, defstruct
 from msgspec.json import Decoder, Encoder
 
 from gateway.errors import MalformedFrame, UnsupportedCommand
@@ -25,7 +25,13 @@ _UNREADABLE = (MsgspecError, UnicodeError, RecursionError)
 _MAX_KIND = 64
 _MAX_DETAIL = 200
 
+
+class _Numbered(Struct, rename="camel"):
+    sequence_number: int
+
+
 _encode = Encoder().encode
+_decode_number = Decoder(_Numbered, strict=False).decode
 _decode_object = Decoder(dict[str, Any]).decode
 
 
@@ -88,6 +94,14 @@ def write(value: object) -> str:
         return _encode(value).decode()
     except UnicodeEncodeError as error:
         raise UnsupportedCommand(f"the text can't be written as UTF-8: {error.reason}") from error
+
+
+def sequence_number(frame: str | bytes) -> int | None:
+    """The number of a carrier's message; None where there is none that can be read."""
+    try:
+        return _decode_number(frame).sequence_number
+    except _UNREADABLE:
+        return None
 
 
 def read_object(text: str) -> dict[str, Any] | None:

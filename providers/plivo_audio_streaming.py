@@ -50,7 +50,7 @@ from gateway.provider import (
 )
 
 from . import _account, _plivo, _plivo_api, _plivo_signature, _xml
-from ._json import Id, Milliseconds, Reader, excerpt, write
+from ._json import Id, Milliseconds, Reader, excerpt, sequence_number, write
 
 # Plivo's queue is said to hold 60 s or 40 s, depending on the page: 40 s is safe. 20 ms a frame is what it recommends;
 # three of them in one frame still let a clear through at once.
@@ -287,6 +287,10 @@ class Codec:
                 return (Fault("error", _because(message.reason, frame)),)
             case _:
                 assert_never(message)
+
+    def number(self, frame: str | bytes) -> int | None:
+        """One counter over all of Plivo's messages."""
+        return sequence_number(frame)
 
     def encode(self, command: Command) -> Iterable[str | bytes]:
         """Frames of one command; none for Stop: any stream is ended by closing its socket. See the contract for errors."""

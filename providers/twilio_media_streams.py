@@ -50,7 +50,7 @@ from gateway.provider import (
 )
 
 from . import _account, _twilio, _twilio_api, _twilio_signature, _xml
-from ._json import Id, Milliseconds, Reader, texts, write
+from ._json import Id, Milliseconds, Reader, sequence_number, texts, write
 
 # Twilio publishes neither a largest frame nor a largest queue, and takes frames faster than real time. 5 s keeps barge-in
 # accurate; 60 ms is what integrators coalesce small chunks to; more than 200 ms in one frame would only delay a clear behind it.
@@ -247,6 +247,10 @@ class Codec:
                 assert_never(message)
         self._check_sid(message.stream_sid)
         return (event,)
+
+    def number(self, frame: str | bytes) -> int | None:
+        """One counter over all of Twilio's messages."""
+        return sequence_number(frame)
 
     def encode(self, command: Command) -> Iterable[str | bytes]:
         """Frames of one command; none for Stop: any stream is ended by closing its socket. See the contract for errors."""
