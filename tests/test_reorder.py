@@ -138,8 +138,8 @@ def test_f7_order_and_loss_and_other_messages_together_lose_nothing_that_came_in
     for number in range(500):
         sent.append((number, number, stage.frame(number)))
         if random.random() < 0.1:
-            other: Event = random.choice([Dtmf("5"), Checkpoint("x", Outcome.PLAYED)])
-            sent += [(number + 0.5, None, frame) for frame in stage.carrier.encode(other)]
+            others: list[Event] = [Dtmf("5"), Checkpoint("x", Outcome.PLAYED)]
+            sent += [(number + 0.5, None, frame) for frame in stage.carrier.encode(random.choice(others))]
     kept = [each for each in sent if each[1] in (0, 499) or random.random() > 0.02]
     kept.sort(key=lambda each: each[0] + (2.9 if random.random() < 0.05 else 0))
     for _, _, frame in kept:
