@@ -29,7 +29,6 @@ from gateway.bus import Channel, Subscription
 from gateway.events import Audio, Checkpoint, Clear, Event, Start, StopReason
 from gateway.media import MULAW_8K, Encoding, MediaFormat, Track
 from gateway.services import framed
-from gateway.services.dialler import HEARTBEAT_SECS
 from gateway.services.intake import Intake
 from gateway.services.native import NativeCarrier
 from gateway.services.ring import Frame
@@ -45,6 +44,7 @@ COARSE_KIB = 16
 """Memory comes in pages of 4: so much over a whole run is none."""
 MOST_GROWTH_OF_SECOND_BURST = 0.01
 SAMPLES = 60
+SETTLE_SECS = 2.0
 
 
 def rss_kib() -> int:
@@ -198,7 +198,7 @@ async def objects(socket_path: Path) -> dict[str, int]:
 
 
 async def state(running: GatewayProcess, socket_path: Path, secs: float, wanted: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What is there after `secs`, or as soon as it is no more than `wanted`: a closed socket's last timers take their time."""
+    """What is there after `secs`, or as soon as it is no more than `wanted`."""
     until = asyncio.get_running_loop().time() + secs
     while True:
         found = {
@@ -247,20 +247,11 @@ async def burst(running: GatewayProcess, service: IndexedService, count: int, at
     return found
 
 
-async def calls(
-    count: int, at_once: int = 20, *, heartbeat: float | None = None, tell: Callable[[str], None] = lambda _: None
-) -> dict[str, Any]:
-    """Two bursts of `count` short calls each, against a gateway that has had a few.
-
-    aiohttp arms its heartbeat once more when the peer's close frame comes, so a closed socket is there for one and a half of
-    them, 30 s. Who can't wait makes the `heartbeat` shorter.
-    """
-    patience = 1.5 * (heartbeat or HEARTBEAT_SECS) + 1
+async def calls(count: int, at_once: int = 20, tell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Two bursts of `count` short calls each, against a gateway that has had a few."""
     with TemporaryDirectory() as directory:
         socket_path = Path(directory) / "probe"
         program = f"import os; os.environ['PROBE'] = {str(socket_path)!r}\n{PROBE}"
-        if heartbeat is not None:
-            program += f"import gateway.services.dialler\ngateway.services.dialler.HEARTBEAT_SECS = {heartbeat}\n"
         async with IndexedService() as service:
             document: dict[str, object] = {
                 "providers": {"twilio": {"kind": "twilio_media_streams", "auth": "none"}},
@@ -271,13 +262,13 @@ async def calls(
             }
             async with gateway(Path(directory), document, program=program) as running:
                 found = await burst(running, service, 2 * at_once, at_once, "000")
-                before = await state(running, socket_path, patience)
+                before = await state(running, socket_path, SETTLE_SECS)
                 assert before["House"] == 1, "the process that is looked at is not the one that takes the calls"
                 figures: dict[str, Any] = {"calls": 2 * count, "rss_before_kib": running.rss_kib}
                 began = monotonic()
                 for number in (1, 2):
                     found += await burst(running, service, count, at_once, f"{number:03d}")
-                    after = await state(running, socket_path, patience + 10, before)
+                    after = await state(running, socket_path, 5 * SETTLE_SECS, before)
                     figures[f"rss_{number}_kib"] = running.rss_kib
                     figures[f"residue_{number}"] = residue(before, after)
                     tell(f"burst {number}: {json.dumps(figures)}")

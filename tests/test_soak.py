@@ -18,7 +18,7 @@ def test_o7_the_path_keeps_nothing_of_a_frame() -> None:
 
 @pytest.mark.timeout(120)
 async def test_o8_nothing_is_left_of_calls_that_are_over() -> None:
-    figures = await soak.calls(40, at_once=10, heartbeat=0.5)
+    figures = await soak.calls(40, at_once=10)
     assert [] == figures["losses"]
     assert {} == figures["residue_1"]
     assert {} == figures["residue_2"]

@@ -77,6 +77,11 @@ class ServiceSocket(aiohttp.ClientWebSocketResponse):
             raw.setsockopt(SOL_SOCKET, SO_SNDBUF, SEND_BUFFER_BYTES)
             raw.setsockopt(IPPROTO_TCP, _TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
+    def _on_data_received(self) -> None:
+        # The library would arm its heartbeat once more for the answer to our close frame, and keep a dead socket for 30 s.
+        if not self.closed:
+            super()._on_data_received()
+
     def abandon(self) -> None:
         """End the connection at once, without a word."""
         self.transport.abort()
