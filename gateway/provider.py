@@ -219,6 +219,15 @@ class Carrier(Protocol):
         ...
 
 
+@runtime_checkable
+class Returning(Protocol):
+    """A `Carrier` that tells a call which has had a stream before from a new one."""
+
+    def come_back(self) -> None:
+        """This is not the call's first stream. Before the Start is encoded."""
+        ...
+
+
 class Provider(Protocol):
     """One configured account. `Config` is a struct for its YAML section; unknown keys in it are errors."""
 

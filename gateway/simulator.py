@@ -56,7 +56,7 @@ from gateway.events import (
     Transcript,
 )
 from gateway.media import MULAW_8K, Encoding, MediaFormat, Track
-from gateway.provider import Call, Carrier, Dial, HttpRequest, Provider, StreamEnd
+from gateway.provider import Call, Carrier, Dial, HttpRequest, Provider, Returning, StreamEnd
 from gateway.signing import UPGRADE
 from gateway.voice import Voice
 
@@ -399,7 +399,10 @@ class _Line:
         if not self._habits.text and (dial.media_format or MULAW_8K) != self._media_format:
             raise _Refused(f"The call went on in another format, {dial.media_format}: this caller's telephone can't.")
         socket = await self._connect(dial.url)
-        stream = _Attached(self._provider.carrier(), socket, dial, report)
+        carrier = self._provider.carrier()
+        if self.report.connected and isinstance(carrier, Returning):
+            carrier.come_back()
+        stream = _Attached(carrier, socket, dial, report)
         try:
             self._stream = stream
             await self._tell(self._start(stream, dial))

@@ -377,6 +377,11 @@ class Carrier:
 
     def __init__(self) -> None:
         self._started = False
+        self._answered = False
+
+    def come_back(self) -> None:
+        """The call was answered by its first session."""
+        self._answered = True
 
     def encode(self, event: Event) -> Iterable[str | bytes]:
         """Twilio's frames for one event; its Start comes first. Raises NotStarted without one."""
@@ -385,7 +390,7 @@ class Carrier:
         match event:
             case Start():
                 self._started = True
-                return (write(_setup(event)),)
+                return (write(_setup(event, answered=self._answered or event.direction == "outbound")),)
             case Transcript():
                 prompt = {"type": "prompt", "voicePrompt": event.text, "lang": event.language, "last": event.final}
                 return (write(prompt),)
@@ -436,8 +441,7 @@ class Carrier:
                 assert_never(message)
 
 
-def _setup(start: Start) -> dict[str, Any]:
-    outbound = start.direction == "outbound"
+def _setup(start: Start, *, answered: bool) -> dict[str, Any]:
     return {
         "type": "setup",
         "sessionId": start.stream_id,
@@ -447,9 +451,9 @@ def _setup(start: Start) -> dict[str, Any]:
         "to": start.called,
         "forwardedFrom": "",
         "callerName": "",
-        "direction": "outbound-api" if outbound else "inbound",
+        "direction": "outbound-api" if start.direction == "outbound" else "inbound",
         "callType": "PSTN",
-        "callStatus": "IN_PROGRESS" if outbound else "RINGING",
+        "callStatus": "IN_PROGRESS" if answered else "RINGING",
         "accountSid": start.account_id,
         "customParameters": start.parameters,
     }

@@ -146,7 +146,7 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
         Row(
             "F14",
             "Audio faster than real time after a carrier's stall",
-            "nothing lost, no gap invented",
+            "nothing lost that fits the ring (`replay_ms`; the rest is D4), no gap invented",
             (
                 "test_timeline.py::test_a_burst_after_a_stall_with_true_timestamps_is_no_gap",
                 "test_timeline.py::test_a_burst_stamped_by_arrival_is_kept_whole_and_later_gaps_are_set_off_against_it",

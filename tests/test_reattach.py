@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import json
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from itertools import pairwise
 from typing import Any
@@ -13,12 +14,14 @@ import structlog
 
 import providers
 from gateway.callreport import CallReport
+from gateway.events import Event
 from gateway.journal import MOST_ATTEMPTS
 from gateway.media import MULAW_8K
 from gateway.server import Server
 from gateway.signing import Signing
 from gateway.simulator import simulate
 from gateway.stream import Stream
+from providers import twilio_conversation_relay
 
 from .conftest import Launch
 from .doubles.service import FRAMED, SILENCE, Frame, Link, RecordingService
@@ -145,7 +148,15 @@ async def test_checkpoints_of_the_lost_stream_come_back_as_lost(launch: Launch) 
     assert [] == service.violations
 
 
-async def test_relay_goes_on_without_a_second_greeting(launch: Launch) -> None:
+async def test_relay_goes_on_without_a_second_greeting(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames: list[str] = []
+    decode = twilio_conversation_relay.Codec.decode
+
+    def spy(codec: twilio_conversation_relay.Codec, frame: str | bytes) -> Iterable[Event]:
+        frames.append(str(frame))
+        return decode(codec, frame)
+
+    monkeypatch.setattr(twilio_conversation_relay.Codec, "decode", spy)
     account = {"kind": KINDS["relay"], "auth": "none", "welcome_greeting": "Hello!", "welcome_greeting_interruptible": "any"}
     async with RecordingService(subprotocol=FRAMED) as service:
         server = await launch(services={"agent": framed(url=service.url)}, providers={"relay": account})
@@ -160,6 +171,9 @@ async def test_relay_goes_on_without_a_second_greeting(launch: Launch) -> None:
     assert first.start["session"] == second.start["session"]
     assert 2 == len(report.streams)
     assert 1 == report.spoken.count("Hello!")
+    setups = [each for each in map(json.loads, frames) if each["type"] == "setup"]
+    assert ["RINGING", "IN_PROGRESS"] == [each["callStatus"] for each in setups]
+    assert 2 == len({each["sessionId"] for each in setups})
 
 
 @pytest.mark.parametrize("name", AUDIO)

@@ -12,8 +12,8 @@ from gateway import server
 from gateway.server import Server
 from gateway.stall import Stall
 from tests.conftest import Launch
-from tests.doubles import RAW, ConversationRelay, RecordingService, TwilioMedia
-from tests.services.test_websocket import agent, ledger, logged
+from tests.doubles import FRAMED, RAW, ConversationRelay, RecordingService, TwilioMedia
+from tests.services.test_websocket import agent, ledger, logged, numbers
 from tests.test_metrics import ADMIN, scrape
 
 LOOK = server.STALL_LOOK_SECS
@@ -151,6 +151,29 @@ async def test_f13_our_own_standstill_is_no_stall_of_the_carriers(launch: Launch
             assert [] == logged(log, "media_stalled")
             await call.hangup()
             await link.wait_for("stop")
+
+
+# --- F14 ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("secs", "replay_ms"), [(9, 10_000), (40, 60_000)])
+async def test_f14_what_comes_at_once_after_a_stall_loses_nothing_that_fits_the_ring(
+    launch: Launch, log: list[Any], secs: int, replay_ms: int
+) -> None:
+    """What does not is told, to the frame, like anything that a service is too slow for (D4)."""
+    frames = 50 * secs
+    async with RecordingService(subprotocol=FRAMED) as service:
+        gateway = await launch(services={"agent": agent(service, replay_ms=replay_ms)})
+        async with TwilioMedia(f"ws://127.0.0.1:{gateway.port}/twilio/stream", pace="fast", line_silence=False) as call:
+            link = await service.connected()
+            await call.speak(ledger(0, 5))
+            await until(lambda: logged(log, "media_stalled"))
+            await call.speak(ledger(5, frames))
+            await call.hangup()
+            stop = await link.wait_for("stop")
+    assert [*range(5 + frames)] == numbers(link.memory.audio)
+    assert [] == link.texts("gap")
+    assert 20 * (5 + frames) == stop["account"]["received"] == stop["account"]["forwarded"]
 
 
 # --- T1: who is there, who is not --------------------------------------------------------------------------------------------
