@@ -76,7 +76,7 @@ class Start(Message, frozen=True):
     parameters: dict[str, str] = field(default_factory=dict)
 
 
-class Audio(Message, frozen=True):
+class Audio(Message, frozen=True, gc=False):
     """Up: samples of one track, in the format of `Start`. Down: play this.
 
     `timestamp_ms` is the carrier's presentation time of the first sample, of unknown origin; None where it gave none.

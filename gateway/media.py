@@ -11,6 +11,8 @@ from msgspec import Meta, Struct
 class Encoding(StrEnum):
     """How one sample is written. Multi-byte encodings are little-endian."""
 
+    __hash__ = str.__hash__  # an enum's own is a call of Python
+
     MULAW = "mulaw"
     ALAW = "alaw"
     PCM_S16LE = "pcm_s16le"
@@ -19,6 +21,8 @@ class Encoding(StrEnum):
 
 class Track(StrEnum):
     """Which half of a call: `inbound` is what the caller says, `outbound` what the caller hears."""
+
+    __hash__ = str.__hash__
 
     INBOUND = "inbound"
     OUTBOUND = "outbound"

@@ -127,7 +127,7 @@ def test_the_header_is_described_as_it_is_packed() -> None:
     assert HEADER_BYTES == at
     example = audio["x-header-example"]
     header = unpack(bytes.fromhex(example["hex"]), 2)
-    assert ("outbound", example["flags"], example["seq"], example["pos"]) == tuple(header)
+    assert ("outbound", example["flags"], example["seq"], example["pos"]) == (header.track, header.flags, header.seq, header.pos)
     for flag in Flags:
         assert re.search(rf"\b{int(flag)} ", audio["x-header"][2]["meaning"])
 

@@ -7,6 +7,7 @@ happens once, at the end. Hosts are little-endian, as the wires are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 
 import numpy as np
 
@@ -17,8 +18,6 @@ from gateway.media import Encoding, MediaFormat
 
 _FULL_SCALE = 32768.0
 _UINT8, _INT16, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.int16), np.dtype(np.float32)
-_take_mulaw = g711.MULAW_DECODED.astype(np.float32).take
-_take_alaw = g711.ALAW_DECODED.astype(np.float32).take
 
 
 class Converter:
@@ -35,19 +34,22 @@ class Converter:
         self._passthrough = source == target
         self._sample_bytes = source.sample_bytes
         self._partial = b""  # the first bytes of a sample whose last are still to come
-        self._load = _LOADERS[source.encoding]
-        self._target = target.encoding
+        self._source, self._target = source.encoding, target.encoding
         self._transcode: Callable[[bytes], bytes] | None = None
         self._resampler: Resampler | None = None
         self._fir: FirResampler | None = None
+        self._gain: float | None = None
         if source.sample_rate == target.sample_rate:
             self._transcode = _TRANSCODERS.get((source.encoding, target.encoding))
         else:
             self._resampler = resampler(source.sample_rate, target.sample_rate)
+            self._gain = inf
         if isinstance(self._resampler, FirResampler):
             self._fir = self._resampler
+            self._gain = self._fir.gain
             self._block_bytes = len(self._fir.inlet) * self._sample_bytes
-            self._encode_outlet = _encoder(self._target, self._fir.outlet)
+            self._load_inlet = _loader(self._source, self._fir.inlet)
+            self._encode_outlet = _encoder(self._target, self._fir.outlet, self._gain)
 
     @property
     def passthrough(self) -> bool:
@@ -58,7 +60,7 @@ class Converter:
         """All that can be given out now; maybe nothing."""
         fir = self._fir
         if fir is not None and len(payload) == self._block_bytes and not fir.filled and not self._partial:
-            self._load(payload, fir.inlet)  # 20 ms: straight through the filter's buffers
+            self._load_inlet(payload)  # 20 ms: straight through the filter's buffers
             fir.run()
             return self._encode_outlet()
         if self._partial or len(payload) % self._sample_bytes:
@@ -68,17 +70,17 @@ class Converter:
         if self._transcode is not None:
             return self._transcode(payload)
         samples = np.empty(len(payload) // self._sample_bytes, np.float32)
-        self._load(payload, samples)
+        _loader(self._source, samples)(payload)
         if self._resampler is not None:
             samples = self._resampler.process(samples)
-        return _encoder(self._target, samples)()
+        return _encoder(self._target, samples, self._gain)()
 
     def flush(self) -> bytes:
         """The end of the last word, which was still in the filter. Afterwards equal to a fresh converter."""
         self._partial = b""
         if self._resampler is None:
             return b""
-        return _encoder(self._target, self._resampler.flush())()
+        return _encoder(self._target, self._resampler.flush(), self._gain)()
 
     def reset(self) -> None:
         """Forget everything. Afterwards equal to a fresh converter."""
@@ -126,12 +128,12 @@ def convert_whole(payload: bytes, source: MediaFormat, target: MediaFormat) -> b
     if source.sample_rate == target.sample_rate:
         return Converter(source, target).convert(payload)
     samples = np.empty(len(payload) // source.sample_bytes, np.float32)
-    _LOADERS[source.encoding](payload[: len(samples) * source.sample_bytes], samples)
-    return _encoder(target.encoding, resample_whole(samples, source.sample_rate, target.sample_rate))()
+    _loader(source.encoding, samples)(payload[: len(samples) * source.sample_bytes])
+    return _encoder(target.encoding, resample_whole(samples, source.sample_rate, target.sample_rate), inf)()
 
 
 def _check(media_format: MediaFormat) -> None:
-    if media_format.encoding not in _LOADERS:
+    if media_format.encoding not in [*Encoding]:
         raise ConfigError(f"encoding {media_format.encoding!r}: write one of {', '.join(Encoding)}")
     if not 8000 <= media_format.sample_rate <= 48000:
         raise ConfigError(f"sample_rate {media_format.sample_rate!r}: write a rate from 8000 to 48000 Hz")
@@ -139,31 +141,41 @@ def _check(media_format: MediaFormat) -> None:
         raise ConfigError(f"channels {media_format.channels!r}: write 1, a track is mono")
 
 
-def _load_mulaw(payload: bytes, into: FloatArray) -> None:
-    _take_mulaw(np.frombuffer(payload, _UINT8), None, into, "clip")
+def _loader(encoding: Encoding, into: FloatArray) -> Callable[[bytes], None]:
+    """A function that decodes a payload of as many samples as `into` has into it."""
+    if encoding is Encoding.PCM_S16LE:
+
+        def load_s16(payload: bytes) -> None:
+            into[...] = np.frombuffer(payload, _INT16)
+
+        return load_s16
+    if encoding is Encoding.PCM_F32LE:
+
+        def load_float(payload: bytes) -> None:
+            into[...] = np.frombuffer(payload, _FLOAT32)
+            into[np.isnan(into)] = 0
+            np.clip(into, -1, 1, out=into)  # first, so that nothing overflows; an infinity would never leave a filter's history
+            np.multiply(into, _FULL_SCALE, out=into)
+
+        return load_float
+
+    take, index = _LEVELS[encoding].take, np.empty(len(into), np.intp)  # codes as numpy wants them: it is slower at that itself
+
+    def load(payload: bytes) -> None:
+        index[...] = np.frombuffer(payload, _UINT8)
+        take(index, None, into, "clip")
+
+    return load
 
 
-def _load_alaw(payload: bytes, into: FloatArray) -> None:
-    _take_alaw(np.frombuffer(payload, _UINT8), None, into, "clip")
-
-
-def _load_s16(payload: bytes, into: FloatArray) -> None:
-    into[:] = np.frombuffer(payload, _INT16)
-
-
-def _load_f32(payload: bytes, into: FloatArray) -> None:
-    into[:] = np.frombuffer(payload, _FLOAT32)
-    into[np.isnan(into)] = 0
-    np.clip(into, -1, 1, out=into)  # first, so that nothing overflows; an infinity would never leave a filter's history
-    into *= _FULL_SCALE
-
-
-def _encoder(encoding: Encoding, samples: FloatArray) -> Callable[[], bytes]:
-    """A function that encodes what is in `samples` whenever it is called, and spoils them.
+def _encoder(encoding: Encoding, samples: FloatArray, gain: float | None) -> Callable[[], bytes]:
+    """A function that encodes what is in `samples` whenever it is called, and spoils them. `gain` is how far a filter may have
+    taken them beyond full scale; None: there was no filter, and what was 16-bit samples is encoded as these are by the standard.
 
     Samples become integers like this: added to 1.5 * 2**23 a float32 has no bits left below 1, so the sum is rounded as
     IEEE 754 says (ties to even), and its low 16 bits are the integer in two's complement. That takes a fifth of `rint` and a
-    cast. The bounds are arrays, because numpy spends as long on making one number fit as on the samples of a chunk.
+    cast. G.711 needs fewer bits: 1.5 * 2**24 leaves half of the integer, and so twice the range, in which a table saturates.
+    The bounds are arrays, because numpy spends as long on making one number fit as on the samples of a chunk.
     """
     if encoding is Encoding.PCM_F32LE:
 
@@ -174,27 +186,40 @@ def _encoder(encoding: Encoding, samples: FloatArray) -> Callable[[], bytes]:
 
         return encode_float
 
-    highest, lowest, rounder = (np.full(len(samples), value, np.float32) for value in (32767, -32768, 1.5 * 2**23))
+    codes = (_CODES if gain is None else _CODES_OF_HALVES).get(encoding)
+    rounding = 1.5 * 2**23 if codes is None or gain is None else 1.5 * 2**24
+    highest, lowest, rounder = (np.full(len(samples), value, np.float32) for value in (32767, -32768, rounding))
     minimum, maximum, add = np.minimum, np.maximum, np.add
     words = samples.view(np.uint16)[::2]
-    codes = _CODES.get(encoding)
+    if codes is None:
+
+        def encode_s16() -> bytes:
+            minimum(samples, highest, out=samples)
+            maximum(samples, lowest, out=samples)
+            add(samples, rounder, out=samples)
+            return words.tobytes()
+
+        return encode_s16
+
+    saturates, index = gain is not None and gain < 2, np.empty(len(samples), np.intp)
 
     def encode() -> bytes:
-        minimum(samples, highest, out=samples)
-        maximum(samples, lowest, out=samples)
+        if not saturates:
+            minimum(samples, highest, out=samples)
+            maximum(samples, lowest, out=samples)
         add(samples, rounder, out=samples)
-        return words.tobytes() if codes is None else codes.take(words).tobytes()
+        index[...] = words
+        return codes[index].tobytes()
 
     return encode
 
 
-_LOADERS: dict[Encoding, Callable[[bytes, FloatArray], None]] = {
-    Encoding.MULAW: _load_mulaw,
-    Encoding.ALAW: _load_alaw,
-    Encoding.PCM_S16LE: _load_s16,
-    Encoding.PCM_F32LE: _load_f32,
+_LEVELS = {
+    Encoding.MULAW: g711.MULAW_DECODED.astype(np.float32),
+    Encoding.ALAW: g711.ALAW_DECODED.astype(np.float32),
 }
 _CODES = {Encoding.MULAW: g711.MULAW_ENCODED, Encoding.ALAW: g711.ALAW_ENCODED}
+_CODES_OF_HALVES = {Encoding.MULAW: g711.MULAW_OF_HALVES, Encoding.ALAW: g711.ALAW_OF_HALVES}
 _TRANSCODERS: dict[tuple[Encoding, Encoding], Callable[[bytes], bytes]] = {  # one rate, exact by table
     (Encoding.MULAW, Encoding.PCM_S16LE): g711.mulaw_to_pcm16,
     (Encoding.MULAW, Encoding.ALAW): g711.mulaw_to_alaw,

@@ -59,10 +59,16 @@ MULAW_ENCODED = _encoded_mulaw()
 ALAW_ENCODED = _encoded_alaw()
 """65,536 codes, by the sample's two's complement (`sample & 0xFFFF`)."""
 
+_halves = np.clip(_every_sample() * 2, -32768, 32767)
+MULAW_OF_HALVES = MULAW_ENCODED[(_halves + 3 * (_halves < 0)) & 0xFFFF]
+"""65,536 codes, by half of the sample in two's complement: saturated, and even about zero (`MULAW_ENCODED` rounds downwards)."""
+ALAW_OF_HALVES = ALAW_ENCODED[_halves & 0xFFFF]
+"""65,536 codes, by half of the sample in two's complement: saturated."""
+
 _MULAW_TO_ALAW = ALAW_ENCODED[MULAW_DECODED.view(np.uint16)].tobytes()
 _ALAW_TO_MULAW = MULAW_ENCODED[ALAW_DECODED.view(np.uint16)].tobytes()
 
-for _table in (MULAW_DECODED, ALAW_DECODED, MULAW_ENCODED, ALAW_ENCODED):
+for _table in (MULAW_DECODED, ALAW_DECODED, MULAW_ENCODED, ALAW_ENCODED, MULAW_OF_HALVES, ALAW_OF_HALVES):
     _table.flags.writeable = False
 
 

@@ -88,15 +88,17 @@ class FirResampler:
         self._dot = self._rows.dot  # the method: `np.dot` asks its arguments first whether they are arrays
         self._product = np.empty((_ROWS, row_outputs), np.float32)
         self.outlet = self._product.reshape(-1)
+        self.gain = float(np.abs(self._taps).sum(0).max())
+        """No sample of the output is larger than the largest of the input times this."""
         self.filled = 0  # samples of this block so far
         self._idle = True
 
     def run(self) -> None:
         """From a whole block in `inlet` to `outlet`. Only while `filled` is 0."""
         self._idle = False
-        self._rows[:] = self._windows
+        self._rows[...] = self._windows  # with dots: numpy makes another view for a colon
         self._dot(self._taps, self._product)
-        self._head[:] = self._tail
+        self._head[...] = self._tail
 
     def process(self, samples: FloatArray) -> FloatArray:
         start, size = self.filled, len(samples)

@@ -8,8 +8,9 @@ was not; that leaves one hole, which is told in its place.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from gateway.events import GapReason, Stop
 from gateway.media import MediaFormat
@@ -19,8 +20,7 @@ MOST_WORD_BYTES = 256 * 1024
 """Characters of control texts that are kept; a transcript of ten seconds has a few hundred."""
 
 
-@dataclass(slots=True)
-class Frame:
+class Frame(Struct, gc=False):
     """Audio. `heard` is how many bytes of the carrier's audio it stands for."""
 
     seq: int
@@ -31,8 +31,7 @@ class Frame:
     sent: bool = False
 
 
-@dataclass(slots=True)
-class Word:
+class Word(Struct):
     """Control: a text that is ready but for its number, or the stop, whose account is drawn up when it leaves."""
 
     number: int
@@ -106,10 +105,11 @@ class Ring:
         if self._skipped:
             flags |= Flags.DISCONTINUITY
             self._skipped = False
+        size = len(payload)
         self._waiting.append(Frame(self.next_seq, self.next_pos, payload, heard, flags))
         self.next_seq += 1
-        self.next_pos += len(payload) // self._sample_bytes
-        self.audio_bytes += len(payload)
+        self.next_pos += size // self._sample_bytes
+        self.audio_bytes += size
         if self.audio_bytes > self._capacity:
             self._make_room()
 
@@ -148,12 +148,13 @@ class Ring:
 
     def take(self, *, keep: bool) -> Entry | Hole | None:
         """What to send next, or None. `keep` it until it is acknowledged (or `release`d)."""
-        if not self._waiting:
+        waiting = self._waiting
+        if not waiting:
             return self._told_hole() if self._hole and self._hole_reason is GapReason.RESUME else None
-        entry = self._waiting[0]
+        entry = waiting[0]
         if self._hole and (isinstance(entry, Frame) or isinstance(entry.message, Stop)):
             return self._told_hole()
-        self._waiting.popleft()
+        waiting.popleft()
         if isinstance(entry, Frame):
             if not entry.sent:
                 self.forwarded += entry.heard

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.audio import Converter, Reframer, convert_whole, g711
+from gateway.audio.resample import FirResampler, resampler
 from gateway.errors import ConfigError
 from gateway.media import Encoding, MediaFormat
 
@@ -184,6 +185,24 @@ def test_full_scale_square_waves_do_not_wrap(source: MediaFormat) -> None:
             assert set(signs) == {1}
         if rate != source.sample_rate:
             assert streamed.max() >= 32000
+
+
+@pytest.mark.parametrize("rate", [16000, 24000, 48000])
+@pytest.mark.parametrize("law", [MULAW, ALAW], ids=str)
+@pytest.mark.parametrize("size", [None, 334], ids=["20 ms", "odd"])
+def test_the_loudest_that_a_filter_can_be_driven_to_saturates(law: Encoding, rate: int, size: int | None) -> None:
+    source, target, floats = MediaFormat(S16, rate), MediaFormat(law, 8000), MediaFormat(F32, 8000)
+    fir = resampler(rate, 8000)
+    assert isinstance(fir, FirResampler)
+    signs = np.sign(np.concatenate([fir._taps[:, at] * sign for at in range(fir._taps.shape[1]) for sign in (1, -1)]))
+    payload = np.where(signs > 0, 32767, -32768).astype(np.int16).tobytes()
+    payload += bytes(-len(payload) % source.bytes_for(20))
+    cuts = [*range(0, len(payload), size or source.bytes_for(20))]
+    exact = np.frombuffer(fed(Converter(source, floats), payload, cuts), np.float32) * 32768
+    assert np.abs(exact).max() > 45_000
+    codes = np.frombuffer(fed(Converter(source, target), payload, cuts), np.uint8)
+    heard = convert_whole(codes.tobytes(), target, floats)
+    assert np.abs(np.frombuffer(heard, np.float32) * 32768 - np.clip(exact, -32124, 32124)).max() < 32768 / 2 / 16
 
 
 def test_not_a_number_is_silence_and_infinity_is_loud() -> None:

@@ -62,6 +62,26 @@ def test_one_law_to_the_other_goes_by_way_of_samples() -> None:
     assert g711.alaw_to_mulaw(ALL_CODES) == g711.pcm16_to_mulaw(g711.alaw_to_pcm16(ALL_CODES))
 
 
+@pytest.mark.parametrize("law", ["mulaw", "alaw"])
+def test_halves_saturate_and_are_nearly_the_nearest_code(law: str) -> None:
+    """No more than one sample further off than the nearest one; the level in between is nobody's."""
+    of_halves, decoded = (getattr(g711, f"{law.upper()}_{what}") for what in ("OF_HALVES", "DECODED"))
+    halves = np.arange(65536).astype(np.uint16).view(np.int16).astype(int)
+    samples, levels = 2 * halves, decoded[of_halves].astype(int)
+    loudest = decoded.max()
+    assert {loudest} == set(levels[samples >= loudest])
+    assert {-loudest} == set(levels[samples <= -loudest])
+    nearest = np.abs(samples[:, None] - decoded.astype(int)[None, :]).min(1)
+    quiet = np.abs(samples) < 100  # a segment's lowest decision level is the standard's, and not half-way
+    assert np.abs(samples - levels)[quiet].max() <= nearest[quiet].max() + 1
+
+
+def test_mulaw_of_halves_is_even_about_zero() -> None:
+    levels = g711.MULAW_DECODED[g711.MULAW_OF_HALVES].astype(int)
+    assert 0 == (levels[1:32768] + levels[:32768:-1]).any()
+    assert 0x7F not in g711.MULAW_OF_HALVES
+
+
 def test_silence() -> None:
     assert g711.pcm16_to_mulaw(b"\0\0") == b"\xff"
     assert g711.mulaw_to_pcm16(b"\xff") == b"\0\0"

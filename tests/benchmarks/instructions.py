@@ -4,8 +4,10 @@ Counted by valgrind's callgrind, so a busy machine makes no difference. Callgrin
 getppid(2), which nothing else does: so start-up is left out, and each path is counted twice, with few and with many frames, whose
 difference is the frames' alone. A path is all that belongs to a frame but sockets, tasks and the event loop:
 
-up      the carrier's frame → session, codec, bus → converter, ring → the service's message
-down    the service's message → converter → session, playout, codec → the carrier's frame
+up      the carrier's frame → session, codec, bus → journal, converter, ring → the service's message
+down    the service's message → converter → session, playout, codec → the carrier's frame, and when the next one is due
+
+Every call has a journal, as a live one does; in framed mode the journal keeps the caller's audio.
 """
 
 from __future__ import annotations
@@ -42,8 +44,9 @@ def frame_by_frame(path: str) -> Callable[[int], None]:
     from gateway.bench.frames import Speech
     from gateway.bus import Channel, Subscription
     from gateway.events import Audio, Event, Start
+    from gateway.journal import Journal, Standing
     from gateway.media import MULAW_8K, Encoding, MediaFormat, Track
-    from gateway.services.framed import HEADER_BYTES, Header, Numbers, pack, unpack
+    from gateway.services.framed import HEADER_BYTES, Flags, Header, Numbers, pack, unpack
     from gateway.services.intake import Intake
     from gateway.services.native import NativeCarrier
     from gateway.services.ring import Frame
@@ -66,6 +69,11 @@ def frame_by_frame(path: str) -> Callable[[int], None]:
         session="s", provider="p", kind="k", role="speaker", track=Track.INBOUND, media_format=form, frame_ms=20
     )
     intake = Intake(MULAW_8K, form, frame_ms=20, capacity_ms=10_000, track=Track.INBOUND, protocol=protocol)
+    with tempfile.TemporaryDirectory() as directory:  # the mapping outlives it
+        standing = Standing("s", "r")
+        journal, _ = Journal("benchmark", directory=Path(directory)).begin("p", "CA", standing, capacity=80_000 * framed)
+    assert journal is not None
+    intake.journal = journal
     downward, numbers = Converter(form, MULAW_8K), Numbers()
     theirs, ours = Speech(MULAW_8K), Speech(form)
     frames = [
@@ -79,16 +87,20 @@ def frame_by_frame(path: str) -> Callable[[int], None]:
     said: set[int] = set()
 
     def up(tick: int) -> None:
-        now = tick * 0.02
+        now, ring = tick * 0.02, intake.ring
         session.receive(frames[tick], now)
         for event in subscription.take_nowait():
             intake.take(event, now)
-        while (entry := intake.ring.take(keep=framed)) is not None:
+        while (entry := ring.take(keep=framed)) is not None:
             if isinstance(entry, Frame):
-                message = pack(Header(Track.INBOUND, 0, entry.seq, entry.pos), entry.payload) if framed else entry.payload
+                message = entry.payload
+                if framed:
+                    message = pack(Header(Track.INBOUND, entry.flags, entry.seq, entry.pos), message)
                 assert len(message) in sizes
+        assert 20_000 > (ring.unacked_bytes if framed else ring.waiting_bytes)
         if framed and not tick % 10:
-            intake.ring.ack(intake.ring.next_seq - 1)
+            ring.ack(ring.next_seq - 1)
+            journal.acked(ring.acked)
 
     def down(tick: int) -> None:
         now = tick * 0.02
@@ -96,11 +108,15 @@ def frame_by_frame(path: str) -> Callable[[int], None]:
         if framed:
             header = unpack(message, form.sample_bytes)
             assert numbers.take(header.seq)
+            journal.took(numbers.next)
+            assert not header.flags & Flags.DISCONTINUITY
+            assert not header.flags & Flags.LAST
             message = message[HEADER_BYTES:]
         session.perform(Audio(downward.convert(message)), now)
         while (frame := session.next_frame(now)) is not None:
             said.add(len(frame))
         assert len(said) == 1
+        session.next_due()
 
     return up if direction == "up" else down
 
