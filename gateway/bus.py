@@ -25,6 +25,8 @@ class Subscription:
     def __init__(self, media_format: MediaFormat | None, *, capacity_ms: int, track: Track = Track.INBOUND) -> None:
         self._events: deque[Event] = deque()
         self._waiting = asyncio.Event()
+        self.notify: Callable[[], None] = self._waiting.set
+        """Called after each event that is queued: ends a `wait`, unless whoever takes them has something better to do."""
         self._format = media_format
         self._capacity = media_format.bytes_for(capacity_ms) if media_format is not None else 0
         self.track = track
@@ -61,7 +63,7 @@ class Subscription:
                 self.dropped_events += 1
                 return
             self._events.append(event)
-        self._waiting.set()
+        self.notify()
 
     def nudge(self) -> None:
         """End a `wait`: whoever takes has something else to do."""

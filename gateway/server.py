@@ -16,11 +16,12 @@ from aiohttp import web
 from aiohttp.http import HttpProcessingError
 from structlog.typing import FilteringBoundLogger
 
-from gateway import __version__
+from gateway import __version__, direct
 from gateway.admin import Admin, Hooks
 from gateway.bus import Bus
 from gateway.callcontrol import CallControl
 from gateway.clock import Clock
+from gateway.direct import CarrierSocket
 from gateway.door import Door, Refused, Remarks
 from gateway.errors import MalformedFrame
 from gateway.events import StopReason
@@ -205,6 +206,8 @@ class Server:
         scheme = "https" if self._certificate else "http"
         event = "listening" if self._place is None else "worker_listening"
         self._log.info(event, address=f"{host}:{self.port}", scheme=scheme, providers=[*self.providers])
+        if not direct.WORKS:
+            self._log.warning("aiohttp_unknown", version=aiohttp.__version__, effect="each frame costs more")
         return self.port
 
     def reload(self, settings: Settings | None = None, providers: Mapping[str, Provider] | None = None) -> None:
@@ -471,7 +474,7 @@ class Server:
         address = door.address(request.remote, ",".join(request.headers.getall("X-Forwarded-For", ())), now)
         admitted = door.knock(name, self._signed(request), ticket, address, now)
         try:
-            socket = web.WebSocketResponse(
+            socket = CarrierSocket(
                 protocols=provider.subprotocols,
                 compress=False,
                 max_msg_size=LARGEST_FRAME,

@@ -17,6 +17,7 @@ import aiohttp
 from aiohttp import web
 from structlog.typing import FilteringBoundLogger
 
+from gateway import direct
 from gateway.bus import Bus, Subscription
 from gateway.callcontrol import CallControl
 from gateway.capture import Capture
@@ -141,6 +142,8 @@ class Stream:
         self._transport = transport
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
+        self._idle = False  # the writer has nothing to do, and leaves sending to whoever has something
+        self._failure: Exception | None = None  # of sending outside the writer's task
         self._tasks: asyncio.TaskGroup
         self._serving: asyncio.Task[None] | None = None
         self._links: list[Link] = []
@@ -280,7 +283,7 @@ class Stream:
             self._perform_timed(command)
         if type(command) is Checkpoint and self._journal is not None:
             self._journal.pending(self.session.pending(self._loop.time())[1])
-        self._wake.set()
+        self._send_due()
 
     def pending(self) -> tuple[int, tuple[str, ...]]:
         queued_ms, names = self.session.pending(self._loop.time())
@@ -305,25 +308,43 @@ class Stream:
                         message = await self._socket.receive()
                         if not self._is_frame(message):
                             return
+                        if self._capture is not None:
+                            self._capture.take("in", message.data, loop.time())
                         session.receive(message.data, loop.time())
             except TimeoutError:
                 self.log.warning("no_start", after_secs=self._house.settings.start_timeout_secs)
                 session.close_code = aiohttp.WSCloseCode.POLICY_VIOLATION
                 self.end(StopReason.TIMEOUT)
-            receive = self._socket.receive
+            direct.hand_over(self._socket, self._take)
+            receive, messages = self._socket.receive, 0
             while self._is_frame(message := await receive()):
-                if session.frames_in < self._timed_frame:
-                    session.receive(message.data, loop.time())
-                else:
-                    self._receive_timed(message.data)
-                if session.over:
-                    self._wake.set()
+                self._take(message.data)
+                messages += 1
+                if not messages % direct.IN_A_ROW:
+                    await asyncio.sleep(0)  # other calls have their turn
         except ConnectionError:
             pass  # a ping met a closing transport: the same as a close
+        finally:
+            direct.hand_over(self._socket, None)
+
+    def _take(self, frame: str | bytes) -> bool:
+        """One frame of the carrier once the stream has started."""
+        session = self.session
+        if self._capture is not None:
+            self._capture.take("in", frame, self._loop.time())
+        if session.frames_in < self._timed_frame:
+            session.receive(frame, self._loop.time())
+        else:
+            self._receive_timed(frame)
+        if session.over:
+            self._wake.set()
+        return True
 
     def _is_frame(self, message: aiohttp.WSMessage) -> bool:
         """Whether it is one; else the stream is over, and that the carrier broke the WebSocket protocol, or vanished, is said."""
         if message.type is aiohttp.WSMsgType.ERROR:
+            if isinstance(message.data, direct.HandlerFailed):
+                raise message.data
             if isinstance(message.data, aiohttp.WebSocketError):
                 self.log.warning("broken_websocket", error=str(message.data))
                 self.end(StopReason.PROTOCOL_ERROR)
@@ -334,8 +355,6 @@ class Stream:
             if message.type is aiohttp.WSMsgType.CLOSE:
                 self._closed_with = message.data
             return False
-        if self._capture is not None:
-            self._capture.take("in", message.data, self._loop.time())
         return True
 
     def _emit(self, event: Event) -> None:
@@ -539,26 +558,59 @@ class Stream:
 
     # --- gateway to carrier ---
 
-    async def _write(self) -> None:
-        session, loop, wake = self.session, self._loop, self._wake
+    def _send_due(self) -> None:
+        """Send what is due, and see to it that the rest is sent in time; what can't be done at once is left to the writer."""
+        if not self._idle:
+            self._wake.set()
+            return
         try:
-            while True:
-                frame = session.next_frame(loop.time())
+            while self._transport.get_write_buffer_size() < STALLED_BYTES:
+                frame = self._next_frame()
+                if frame is None:
+                    if self.session.over:
+                        break
+                    return
+                direct.send(self._socket.send_str(frame) if isinstance(frame, str) else self._socket.send_bytes(frame))
+                if self._stopwatch.running:
+                    self._sent()
+        except Exception as error:
+            self._idle, self._failure = False, error
+        self._wake.set()
+
+    def _next_frame(self) -> str | bytes | None:
+        """What is to be sent now; if there is nothing, the clock has been told when there will be."""
+        session, now = self.session, self._loop.time()
+        frame = session.next_frame(now)
+        if frame is None:
+            due = session.next_due()
+            if due is not None and (due < self._armed or self._armed < now):
+                self._armed = due
+                self._house.clock.wake_at(due, self._send_due)
+        elif self._capture is not None:
+            self._capture.take("out", frame, now)
+        return frame
+
+    async def _write(self) -> None:
+        """Carry out what can't be done at once: wait for a carrier that is full, and close."""
+        session, wake = self.session, self._wake
+        try:
+            while self._failure is None:
+                frame = self._next_frame()
                 if frame is not None:
-                    if self._capture is not None:
-                        self._capture.take("out", frame, loop.time())
                     await self._send(frame)
                     if self._stopwatch.running:
                         self._sent()
                     continue
                 if session.over:
                     break
-                due = session.next_due()
-                if due is not None and (due < self._armed or self._armed < loop.time()):
-                    self._armed = due
-                    self._house.clock.wake_at(due, wake.set)
-                await wake.wait()
+                self._idle = True
+                try:
+                    await wake.wait()
+                finally:
+                    self._idle = False
                 wake.clear()
+            if self._failure is not None:
+                raise self._failure
             if session.farewell:
                 # The carrier was told and closes by itself; closing first would look like a failure to it.
                 await asyncio.sleep(FAREWELL_SECS)

@@ -24,7 +24,7 @@ LAYERS = {
         "gateway.routing",
         "gateway.services.native",
     ),
-    2: ("gateway.bus", "gateway.metrics", "gateway.logs", "gateway.services"),
+    2: ("gateway.bus", "gateway.direct", "gateway.metrics", "gateway.logs", "gateway.services"),
     3: ("gateway.server", "gateway.admin", "gateway.simulator"),
     4: (
         *("gateway.config", "gateway.yaml_nodes", "gateway.schema"),

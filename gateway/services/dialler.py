@@ -13,6 +13,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import DefaultResolver
 
+from gateway.direct import Heartbeat, send
 from gateway.errors import RemoteError
 from gateway.services.framed import SUBPROTOCOL_FRAMED
 from gateway.services.native import SUBPROTOCOL_RAW
@@ -62,7 +63,7 @@ class Redirected(aiohttp.ClientError):
     """A service answered the handshake with a redirect, which is never followed: it could lead anywhere."""
 
 
-class ServiceSocket(aiohttp.ClientWebSocketResponse):
+class ServiceSocket(Heartbeat, aiohttp.ClientWebSocketResponse):
     """A client's socket whose transport can be asked how much waits in it, and cut."""
 
     def __init__(self, reader: Any, writer: Any, protocol: Any, response: Any, *args: Any, **options: Any) -> None:
@@ -77,10 +78,9 @@ class ServiceSocket(aiohttp.ClientWebSocketResponse):
             raw.setsockopt(SOL_SOCKET, SO_SNDBUF, SEND_BUFFER_BYTES)
             raw.setsockopt(IPPROTO_TCP, _TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
-    def _on_data_received(self) -> None:
-        # The library would arm its heartbeat once more for the answer to our close frame, and keep a dead socket for 30 s.
-        if not self.closed:
-            super()._on_data_received()
+    def write(self, message: str | bytes) -> None:
+        """Send without waiting, however much waits already. Raises ConnectionError."""
+        send(self.send_str(message) if isinstance(message, str) else self.send_bytes(message))
 
     def abandon(self) -> None:
         """End the connection at once, without a word."""

@@ -7,11 +7,13 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from aiohttp import WebSocketError, WSMessage, WSMsgType
 from msgspec import UNSET
 
+from gateway import direct
 from gateway.audio import Converter
 from gateway.buckets import WAIT_SECS, Buckets
 from gateway.errors import MalformedFrame
@@ -55,6 +57,8 @@ POLL_SECS = 0.005
 
 YIELD_SECS = 0.05
 """While other calls are still being connected to a service that is back, a replay pauses so long after each few messages."""
+
+_DISCONTINUITY, _LAST = int(Flags.DISCONTINUITY), int(Flags.LAST)  # an enum's operators take longer than all the rest of a frame
 
 SLOW_MS, FAST_MS = 1000, 500
 """A service that lags behind the caller by more is slow, until it lags by less."""
@@ -137,6 +141,8 @@ class WebsocketLink:
             self._begun = True  # it knows the conversation
         self._tasks: asyncio.TaskGroup
         self._pumping: asyncio.Task[None] | None = None
+        self._idle = False  # the pump has nothing to do, and leaves events to whoever brings them
+        self._failure: Exception | None = None  # of passing events on outside the pump's task
         self._connection: _Connection | None = None
         self._socket: ServiceSocket | None = None
         self._intake: Intake | None = None
@@ -153,6 +159,7 @@ class WebsocketLink:
         self._full = False
         self._more = False
         self._stopped = False
+        self._parting: ServiceSocket | None = None  # the stream's end has been sent: to be closed
         self._took_at: float | None = None
         self._losses: Counter[str] = Counter()
         self._outages: dict[str, Buckets] = {}
@@ -197,6 +204,7 @@ class WebsocketLink:
         except* ServiceLost as lost:
             raise lost.exceptions[0] from None
         finally:
+            self._line.subscription.notify = self._line.subscription.nudge
             if self._ack_timer is not None:
                 self._ack_timer.cancel()
             if self._socket is not None:
@@ -297,11 +305,16 @@ class WebsocketLink:
             except TimeoutError:
                 return self._hang_up(connection, 4008, f"was not ready within {READY_SECS:g} s")
         messages = 0
-        while ended is None:
-            ended = await self._take(connection, await self._receive(socket))
-            messages += 1
-            if not messages % MESSAGES_IN_A_ROW:
-                await asyncio.sleep(0)
+        try:
+            if self._role == "speaker":
+                direct.hand_over(socket, partial(self._take_short, connection))
+            while ended is None:
+                ended = await self._take(connection, await self._receive(socket))
+                messages += 1
+                if not messages % MESSAGES_IN_A_ROW:
+                    await asyncio.sleep(0)
+        finally:
+            direct.hand_over(socket, None)
         return ended
 
     async def _receive(self, socket: ServiceSocket) -> WSMessage:
@@ -411,6 +424,7 @@ class WebsocketLink:
         connection.at = connection.moved_at = now
         if self._pumping is None:
             self._pumping = self._tasks.create_task(self._pump())
+            self._line.subscription.notify = self._pass_on
         self._line.subscription.nudge()
 
     def _lost(self, connection: _Connection, ended: _Ended) -> None:
@@ -437,17 +451,40 @@ class WebsocketLink:
 
     # --- caller to service ---
 
+    def _pass_on(self) -> None:
+        """Pass on what was just offered, at once; what can't be done at once is left to the pump."""
+        if not self._idle:
+            self._line.subscription.nudge()
+            return
+        try:
+            self._absorb()
+            self._flush()
+        except Exception as error:
+            self._idle, self._failure = False, error
+        if self._full or self._more or self._stopped or self._failure is not None:
+            self._idle = False
+            self._line.subscription.nudge()
+
     async def _pump(self) -> None:
-        """Events into the ring, and from the ring to the service, as long as the stream lasts."""
-        while not self._stopped:
+        """Events into the ring and from there to the service, as long as the stream lasts, where that can't be done at once."""
+        while not self._stopped and self._failure is None:
             if self._more:
                 await asyncio.sleep(YIELD_SECS if self._line.dialler.busy(self._name) else 0)
             elif self._full:
                 await asyncio.sleep(POLL_SECS)
             else:
-                await self._line.subscription.wait()
-            self._absorb()
-            await self._flush()
+                self._idle = True
+                try:
+                    await self._line.subscription.wait()
+                finally:
+                    self._idle = False
+            if not self._stopped and self._failure is None:
+                self._absorb()
+                self._flush()
+        if self._failure is not None:
+            raise self._failure
+        if self._parting is not None:
+            await self._part(self._parting)
 
     def _absorb(self) -> None:
         if self._intake is not None:
@@ -455,7 +492,7 @@ class WebsocketLink:
             for event in self._line.subscription.take_nowait():
                 self._intake.take(event, now)
 
-    async def _flush(self) -> None:
+    def _flush(self) -> None:
         """Send what the connection takes. No send ever waits: what it does not take stays in the ring."""
         connection = self._connection
         self._full = self._more = False
@@ -469,17 +506,17 @@ class WebsocketLink:
         try:
             if connection.acknowledge and not connection.full(now):
                 connection.acknowledge = False
-                await connection.socket.send_str(acknowledgement(self._numbers.next - 1))
+                connection.socket.write(acknowledgement(self._numbers.next - 1))
             messages = 0
             while not connection.full(now) and (entry := ring.take(keep=keep)) is not None:
                 messages += 1
                 try:
-                    await self._send(connection, entry)
+                    self._send(connection, entry)
                 except ConnectionError:
                     ring.put_back(entry)
                     raise
                 if self._stopped:
-                    await self._part(connection.socket)
+                    self._parting = connection.socket
                     return
                 if messages == MESSAGES_IN_A_ROW:
                     self._more = True
@@ -498,19 +535,19 @@ class WebsocketLink:
             if socket.close_code in (None, 1006):
                 socket.transport.abort()
 
-    async def _send(self, connection: _Connection, entry: Frame | Word | Hole) -> None:
+    def _send(self, connection: _Connection, entry: Frame | Word | Hole) -> None:
         socket = connection.socket
         match entry:
             case Frame() if connection.framed:
                 flags = entry.flags | (Flags.REPLAYED if entry.seq < connection.replay_seq else 0)
                 if entry.seq != connection.expected:
-                    flags |= Flags.DISCONTINUITY
+                    flags |= _DISCONTINUITY
                 connection.expected = entry.seq + 1
-                await socket.send_bytes(pack(Header(self._service.track, flags, entry.seq, entry.pos), entry.payload))
+                socket.write(pack(Header(self._service.track, flags, entry.seq, entry.pos), entry.payload))
             case Frame():
-                await socket.send_bytes(entry.payload)
+                socket.write(entry.payload)
             case Hole() if self._intake is not None:
-                await socket.send_str(self._intake.told(entry))
+                socket.write(self._intake.told(entry))
             case Word():
                 stop = isinstance(entry.message, Stop)
                 text = entry.message
@@ -519,7 +556,7 @@ class WebsocketLink:
                     text = str(encoded)
                 if connection.framed:
                     text = numbered(text, entry.number, entry.number < connection.replay_number)
-                await socket.send_str(text)
+                socket.write(text)
                 self._stopped = stop
             case _:
                 pass
@@ -577,13 +614,23 @@ class WebsocketLink:
 
     async def _take(self, connection: _Connection, message: WSMessage) -> _Ended | None:
         """One message of the service. Returns how the connection ended, if it did."""
-        if message.type is WSMsgType.TEXT:
-            self._obey(connection, message.data)
-        elif message.type is WSMsgType.BINARY:
-            await self._play(connection, message.data)
-        else:
+        if message.type not in (WSMsgType.TEXT, WSMsgType.BINARY):
+            if isinstance(message.data, direct.HandlerFailed):
+                raise message.data
             return connection.closing or self._ended(message)
+        if not self._take_short(connection, message.data):
+            await self._play_long(connection, message.data)
         return None
+
+    def _take_short(self, connection: _Connection, message: str | bytes) -> bool:
+        """One message of the service, unless it is so long that other calls should have their turn meanwhile."""
+        if isinstance(message, str):
+            self._obey(connection, message)
+        elif len(message) <= SLICE_BYTES:
+            self._play(connection, message)
+        else:
+            return False
+        return True
 
     def _ended(self, message: WSMessage) -> _Ended:
         # Only a close frame's code counts: the library also reports a connection that just ended as 1000.
@@ -596,39 +643,53 @@ class WebsocketLink:
                 self._fault("message_too_large", f"a message was longer than {LARGEST_MESSAGE} bytes", None)
         return _Ended(verdict(code), f"{self._service.url} closed the connection in mid-call (code {code})", code)
 
-    async def _play(self, connection: _Connection, payload: bytes) -> None:
+    def _play(self, connection: _Connection, message: bytes) -> None:
+        flags = self._audio_flags(connection, message)
+        if flags is None:
+            return
+        if flags & _DISCONTINUITY:
+            self._play_out()
+        self._convert(message[HEADER_BYTES:] if connection.framed else message)
+        if flags & _LAST:
+            self._play_out()
+
+    async def _play_long(self, connection: _Connection, message: bytes) -> None:
+        flags = self._audio_flags(connection, message)
+        if flags is None:
+            return
+        if flags & _DISCONTINUITY:
+            self._play_out()
+        for at in range(HEADER_BYTES if connection.framed else 0, len(message), SLICE_BYTES):
+            self._convert(message[at : at + SLICE_BYTES])
+            await asyncio.sleep(0)
+        if flags & _LAST:
+            self._play_out()
+
+    def _audio_flags(self, connection: _Connection, message: bytes) -> int | None:
+        """What is special about a message of audio. None: it is not to be played."""
         if self._role == "listener":
             self._line.perform(Audio(b""))
-            return
-        flags = begin = 0
+            return None
+        flags = 0
         if connection.framed:
             try:
-                header = unpack(payload, self._service.media_format.sample_bytes)
+                header = unpack(message, self._service.media_format.sample_bytes)
             except MalformedFrame as error:
                 self._fault(error.reason, str(error), None)
-                return
+                return None
             if not self._numbers.take(header.seq):
-                return
+                return None
             if self._journal is not None:
                 self._journal.took(self._numbers.next)
             if self._ack_timer is None:
                 self._ack_timer = self._loop.call_later(ACK_SECS, self._acknowledge)
-            flags, begin = header.flags, HEADER_BYTES
-        if len(payload) > LARGEST_AUDIO_BYTES:
+            flags = header.flags
+        if len(message) > LARGEST_AUDIO_BYTES:
             self._fault(
-                "message_too_large", f"{len(payload)} bytes of audio in one message: send at most {LARGEST_AUDIO_BYTES}", None
+                "message_too_large", f"{len(message)} bytes of audio in one message: send at most {LARGEST_AUDIO_BYTES}", None
             )
-            return
-        if flags & Flags.DISCONTINUITY:
-            self._play_out()
-        if len(payload) <= SLICE_BYTES:
-            self._convert(payload[begin:] if begin else payload)
-        else:
-            for at in range(begin, len(payload), SLICE_BYTES):
-                self._convert(payload[at : at + SLICE_BYTES])
-                await asyncio.sleep(0)
-        if flags & Flags.LAST:
-            self._play_out()
+            return None
+        return flags
 
     def _convert(self, samples: bytes) -> None:
         if payload := self._downward.convert(samples):
@@ -643,7 +704,7 @@ class WebsocketLink:
         self._ack_timer = None
         if self._connection is not None and self._connection.framed:
             self._connection.acknowledge = True
-            self._line.subscription.nudge()
+            self._pass_on()
 
     def _obey(self, connection: _Connection, text: str) -> None:
         if len(text) > LARGEST_TEXT_BYTES:

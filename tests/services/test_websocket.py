@@ -253,7 +253,7 @@ async def test_d2_a_service_that_dies_in_mid_call_loses_nothing(launch: Launch, 
         assert resume["oldest"] <= resume["next"]
         late = [frame for frame in link.frames if frame.flags & REPLAYED]
         assert late == link.frames[: len(late)]
-        assert [resume["next"] - 1] == [frame.seq for frame in late[-1:]]
+        assert resume["next"] - 1 <= late[-1].seq  # what was heard between resuming and `ready` is late too
     assert [] == service.violations
 
 
