@@ -45,8 +45,9 @@ from gateway.watchdog import Watchdog
 LARGEST_FRAME = 64 * 1024
 """Bytes of one frame or webhook body from a carrier; the largest legitimate frame is a start with many parameters."""
 
-HEARTBEAT_SECS = 10.0
-"""A carrier that has said nothing for so long is pinged, and gone if half as long later nothing has come."""
+HEARTBEAT_SECS = 9.0
+"""A carrier that has said nothing for so long is pinged, and gone if half as long later nothing has come: within 15 s, as aiohttp
+rounds what is above 5 s up to the next second."""
 
 MEDIA_HEARTBEAT_SECS = 2.5
 """The same of carriers that send audio, which is never silent for so long: a dead connection is found within 4 s."""

@@ -193,7 +193,6 @@ async def test_a_call_that_ended_on_purpose_is_not_taken_up(launch: Launch, name
 
 
 @pytest.mark.allow_errors("service_lost")
-@pytest.mark.allow_errors("service_lost")
 async def test_a_lost_service_ends_the_call_as_configured(launch: Launch) -> None:
     async def vanish(link: Link) -> None:
         await link.wait_for("start")
