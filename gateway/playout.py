@@ -64,7 +64,8 @@ class Playout:
         self._chunks: deque[bytes] = deque()
         self._offset = 0  # bytes of the first chunk that are gone already
         self._unsent: deque[_Mark] = deque()
-        self._unconfirmed: deque[_Mark] = deque()
+        self.awaited: deque[_Mark] = deque()
+        """Marks that were sent and not confirmed, the oldest first."""
         self._generation = 0
         self._marks = 0
         self._dry_at = float("-inf")
@@ -72,6 +73,8 @@ class Playout:
         # Positions of this generation: bytes since the last clear.
         self._accepted = 0
         self._sent = 0
+        self.queued_bytes = 0
+        """Bytes accepted and not yet sent."""
         self._boundary = 0  # position of the last checkpoint that was resolved
         self._heard = 0  # what echoes have proven to be played
         self._lateness: deque[float] = deque(maxlen=8)  # of the last echoes: to the ear and back
@@ -91,24 +94,27 @@ class Playout:
 
     def push(self, payload: bytes, now: float) -> int:
         """Queue audio of whole samples. Returns the bytes refused (the newest) because the queue is full."""
-        room = self._capacity - self.queued_bytes
-        refused = len(payload) - room
-        if refused > 0:
+        size, room = len(payload), self._capacity - self.queued_bytes
+        refused = size - room if size > room else 0
+        if refused:
             payload = payload[: room - room % self.sample_bytes]
+            size = len(payload)
             self.refused += refused
-        if payload:
-            if self._chunks and len(self._chunks) > 1 and len(self._chunks[-1]) + len(payload) <= self._unit:
-                self._chunks[-1] += payload  # tiny chunks would be bounded in time but not in number
+        if size:
+            chunks = self._chunks
+            if len(chunks) > 1 and len(chunks[-1]) + size <= self._unit:
+                chunks[-1] += payload  # tiny chunks would be bounded in time but not in number
             else:
-                self._chunks.append(payload)
-            self._accepted += len(payload)
-            self._total_queued += len(payload)
+                chunks.append(payload)
+            self._accepted += size
+            self.queued_bytes += size
+            self._total_queued += size
             self._arrived_at = now
-        return max(0, refused)
+        return refused
 
     def checkpoint(self, name: str | None) -> bool:
         """Ask to be told when all that was queued before has played. False: too many are pending already."""
-        if len(self._unsent) + len(self._unconfirmed) >= MOST_PENDING and name is not None:
+        if len(self._unsent) + len(self.awaited) >= MOST_PENDING and name is not None:
             return False
         self._marks += 1
         # Private and unique: a name used twice can't be credited with its predecessor's echo.
@@ -120,17 +126,17 @@ class Playout:
         if self.ending:
             return
         self.ending = True
-        marks = self._unsent or self._unconfirmed
+        marks = self._unsent or self.awaited
         if max(self._heard, marks[-1].position if marks else 0) < self._accepted:
             self.checkpoint(None)
 
     def clear(self, now: float) -> tuple[bool, list[Checkpoint | Clear]]:
         """Drop everything. Returns whether the carrier must be told, and what to tell the service, in order."""
-        tell_carrier = self._sent > 0 or bool(self._unconfirmed)
+        tell_carrier = self._sent > 0 or bool(self.awaited)
         heard = self.position(now)
         results: list[Checkpoint | Clear] = []
         boundary = played_until = self._boundary
-        for mark in (*self._unconfirmed, *self._unsent):
+        for mark in (*self.awaited, *self._unsent):
             # What has been heard whole was played, although its echo, or the mark itself, is still on the way.
             played = mark.position <= heard
             results += self._resolved(mark, Outcome.PLAYED if played else Outcome.CLEARED, boundary, heard)
@@ -150,37 +156,40 @@ class Playout:
 
     def next_frame(self, now: float) -> Audio | Checkpoint | None:
         """The next thing to send now, or None until `next_due`. A checkpoint carries its wire name."""
-        run = (self._unsent[0].position if self._unsent else self._accepted) - self._sent
+        run = self._unsent[0].position - self._sent if self._unsent else self.queued_bytes
         if run == 0:
             if not self._unsent:
                 return None
             mark = self._unsent.popleft()
             mark.due = max(now, self._dry_at)
-            self._unconfirmed.append(mark)
+            self.awaited.append(mark)
             return Checkpoint(mark.wire)
-        if now < self._frame_due(run):
+        if now < self._dry_at - self._lead or (run < self._unit and now < self._frame_due(run)):
             return None
-        size = min(run, self._largest) if run >= self._unit else run
-        if size == self._largest or not self._flushing:
-            size -= size % self._unit if size >= self._unit else 0
+        size = run
+        if run > self._unit:
+            size = min(run, self._largest)
+            if size == self._largest or not self._flushing:
+                size -= size % self._unit
         begins = self._dry_at < now
         if begins:
             if self._sent and HOLE_SECS < now - self._dry_at < PAUSE_SECS:
                 self.underruns += 1
             self._dry_at = now
-        payload = self._take(size)
+        payload = self._take(size) if self._offset or len(self._chunks[0]) != size else self._chunks.popleft()
         if self.outbound is not None:
             self.outbound.sent(payload, self._dry_at if begins or not self._sent else None)
         self._sent += size
+        self.queued_bytes -= size
         self._dry_at += size / self._rate
         return Audio(payload)
 
     def next_due(self) -> float | None:
         """When `next_frame` or `overdue` will have something, if nothing else happens; None: never. May lie in the past."""
-        run = (self._unsent[0].position if self._unsent else self._accepted) - self._sent
+        run = self._unsent[0].position - self._sent if self._unsent else self.queued_bytes
         due = self._frame_due(run) if run else None
-        if self._unconfirmed:
-            confirm = _deadline(self._unconfirmed[0])
+        if self.awaited:
+            confirm = _deadline(self.awaited[0])
             due = confirm if due is None else min(due, confirm)
         if due is None and self.ending and self._accepted:
             return self._dry_at
@@ -190,13 +199,13 @@ class Playout:
 
     def confirm(self, wire: str, now: float) -> list[Checkpoint]:
         """An echo: the carrier's playout passed this mark. Echoes of an older generation or unknown names are swallowed."""
-        if not any(mark.wire == wire for mark in self._unconfirmed):
+        if not any(mark.wire == wire for mark in self.awaited):
             self.stale_echoes += 1
             return []
         results: list[Checkpoint] = []
-        while self._unconfirmed:
+        while self.awaited:
             # The carrier plays in order, so an echo that was skipped is one that it lost.
-            mark = self._unconfirmed.popleft()
+            mark = self.awaited.popleft()
             results += self._played(mark)
             if mark.wire == wire:
                 if mark.due is not None:
@@ -207,8 +216,8 @@ class Playout:
     def overdue(self, now: float) -> list[Checkpoint]:
         """Checkpoints that the carrier should have confirmed long ago: by the playout clock they were played."""
         results: list[Checkpoint] = []
-        while self._unconfirmed and _deadline(self._unconfirmed[0]) <= now:
-            played = self._played(self._unconfirmed.popleft())
+        while self.awaited and _deadline(self.awaited[0]) <= now:
+            played = self._played(self.awaited.popleft())
             self.unconfirmed += len(played)
             results += played
         return results
@@ -221,7 +230,7 @@ class Playout:
         heard = self.position(now - min(self._lateness, default=0.0) if hung_up else now)
         results: list[Checkpoint] = []
         boundary = self._boundary
-        for mark in (*self._unconfirmed, *self._unsent):
+        for mark in (*self.awaited, *self._unsent):
             results += self._resolved(mark, Outcome.LOST, boundary, heard)
             boundary = mark.position
         self._total_played += heard
@@ -237,18 +246,13 @@ class Playout:
     # --- figures ---
 
     @property
-    def queued_bytes(self) -> int:
-        """Bytes accepted and not yet sent."""
-        return self._accepted - self._sent
-
-    @property
     def queued_ms(self) -> int:
         return self._ms(self.queued_bytes)
 
     @property
     def pending(self) -> tuple[str, ...]:
         """Names of the checkpoints that are not resolved, the oldest first."""
-        return tuple(mark.name for marks in (self._unconfirmed, self._unsent) for mark in marks if mark.name is not None)
+        return tuple(mark.name for marks in (self.awaited, self._unsent) for mark in marks if mark.name is not None)
 
     def ahead_ms(self, now: float) -> float:
         """Milliseconds that the carrier still has to play."""
@@ -256,7 +260,7 @@ class Playout:
 
     def idle(self, now: float) -> bool:
         """Whether all has been played and every checkpoint resolved."""
-        return not (self._unsent or self._unconfirmed or self.queued_bytes or self._dry_at > now)
+        return not (self._unsent or self.awaited or self.queued_bytes or self._dry_at > now)
 
     def totals(self, now: float) -> tuple[int, int, int, int]:
         """Bytes queued, played, cleared, lost. After `finish`: queued = played + cleared + lost."""
@@ -330,9 +334,9 @@ class Playout:
         if self.outbound is not None:
             self.outbound.cut()
         self._chunks.clear()
-        self._offset = 0
+        self.queued_bytes = self._offset = 0
         self._unsent.clear()
-        self._unconfirmed.clear()
+        self.awaited.clear()
 
     def _ms(self, size: int) -> int:
         return round(size * 1000 / self._rate)

@@ -97,11 +97,13 @@ class Session:
         self._last_other: str | bytes = ""
         self._last_number = -1  # of the frame that ended the last disorder
         self._disorder: Reorder[Audio | None] | None = None  # None in it: a frame that was no audio
-        self._sample_bytes = 1
+        self._sample_bytes = self._rate = 1
         self._rests: dict[Track, bytes] = {}  # the first bytes of a sample whose others are in the next chunk
         self._bad_since = float("-inf")
         self._bad_recently = 0
         self._paused = False
+        self._full = self._drained = 0  # bytes in the playout queue at which the service is to pause, and to go on
+        self._follows = False
         self._told: set[str] = set()
         self._unconfirmed = False
         self._ending: Stop | None = None
@@ -145,14 +147,15 @@ class Session:
             self._malformed(error, now)
             self._pass(frame)
             return
-        self._tell_heard(now)
+        if self._follows:
+            self._tell_heard(now)
         for event in events:
             if type(event) is Audio:
                 self._hear(event, frame)
             else:
                 self._tell(event, now)
                 self._pass(frame)
-        if self.playout is not None and self.playout.outbound is not None and self.received_bytes:
+        if self._follows and self.received_bytes and self.playout is not None and self.playout.outbound is not None:
             placed = self.received_bytes - self.duplicate_bytes
             self.playout.outbound.sync(self.playout.media_format.duration_ms(placed) + self.gap_ms, now)
 
@@ -179,6 +182,7 @@ class Session:
         """From now on tell what the caller hears as well: audio of the outbound track, unless the carrier sends that itself."""
         if self.playout is not None and Audio in self._codec.accepts:
             self.playout.follow(now)
+            self._follows = True
 
     def fault(self, code: str, message: str, ref: str | int | None = None) -> None:
         """Tell the service that something was refused. Nothing is told once the stream is over."""
@@ -193,12 +197,8 @@ class Session:
         if not self._frames and self.stop is None and (playout := self.playout) is not None:
             if playout.outbound is not None and playout.outbound.due <= now:
                 self._tell_heard(now)
-            for result in playout.overdue(now):
-                if not self._unconfirmed:
-                    # Once per stream: a carrier that confirms nothing would fill the log.
-                    self._unconfirmed = True
-                    self._note("checkpoint_unconfirmed", {"name": result.name, "waited_secs": CONFIRM_SECS})
-                self._report(result)
+            if playout.awaited:
+                self._tell_overdue(playout, now)
             if (item := playout.next_frame(now)) is not None:
                 self._frames.extend(self._codec.encode(item))
                 if self._paused:
@@ -249,7 +249,7 @@ class Session:
                     self._hold(audio, frame)
                     return
                 timeline = self._timelines[audio.track] = Timeline()
-            lost = timeline.place(audio.timestamp_ms, audio.payload, start.media_format.duration_ms(size))
+            lost = timeline.place(audio.timestamp_ms, audio.payload, size * 1000 / self._rate)
             if lost is None:
                 self.duplicate_bytes += size
                 return
@@ -312,6 +312,14 @@ class Session:
         if audio is not None:
             self._hear(audio)
 
+    def _tell_overdue(self, playout: Playout, now: float) -> None:
+        for result in playout.overdue(now):
+            if not self._unconfirmed:
+                # Once per stream: a carrier that confirms nothing would fill the log.
+                self._unconfirmed = True
+                self._note("checkpoint_unconfirmed", {"name": result.name, "waited_secs": CONFIRM_SECS})
+            self._report(result)
+
     def _tell_heard(self, now: float) -> None:
         """The outbound track up to now, so that it stands before whatever is told next."""
         if self.playout is not None and self.playout.outbound is not None:
@@ -371,6 +379,9 @@ class Session:
             self.recital = Recital()
         else:
             self.playout = Playout(start.media_format, self._codec.limits, capacity_ms=self._capacity_ms)
+            self._rate = start.media_format.bytes_per_second
+            self._full = start.media_format.bytes_for(self._capacity_ms // 2)
+            self._drained = start.media_format.bytes_for(self._capacity_ms // 4)
         self._emit(start)
         early, self._early = self._early, []
         for audio in early:
@@ -449,7 +460,8 @@ class Session:
             if playout.push(audio.payload, now):
                 message = f"the playout queue holds {self._capacity_ms} ms and is full: the newest audio was refused"
                 self._refuse_audio("playout_overflow", message)
-            self._watch_level()
+            if playout.queued_bytes >= self._full:
+                self._watch_level()
 
     def _refuse_audio(self, code: str, message: str) -> None:
         """Tell it once, not once a frame; for a full queue, once until it has drained."""
@@ -545,14 +557,13 @@ class Session:
         playout = self.playout
         if playout is None:
             return
-        queued_ms = playout.queued_ms
-        if not self._paused and queued_ms >= self._capacity_ms // 2:
+        if not self._paused and playout.queued_bytes >= self._full:
             self._paused = True
-            self._emit(Flow(FlowState.PAUSE, queued_ms))
-        elif self._paused and queued_ms <= self._capacity_ms // 4:
+            self._emit(Flow(FlowState.PAUSE, playout.queued_ms))
+        elif self._paused and playout.queued_bytes <= self._drained:
             self._paused = False
             self._told.discard("playout_overflow")
-            self._emit(Flow(FlowState.RESUME, queued_ms))
+            self._emit(Flow(FlowState.RESUME, playout.queued_ms))
 
 
 def _ref(command: Command) -> str | int | None:

@@ -48,7 +48,8 @@ class Timeline:
             ahead += lost  # the rest of the rounding counts towards the next gap
         self._last_timestamp = timestamp_ms
         self._last_payload = payload
-        self._ahead = min(ahead + duration_ms, LARGEST_SURPLUS_MS)
+        ahead += duration_ms
+        self._ahead = ahead if ahead < LARGEST_SURPLUS_MS else LARGEST_SURPLUS_MS
         return lost
 
     def take_back(self) -> None:

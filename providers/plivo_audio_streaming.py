@@ -150,7 +150,7 @@ class _Stream(Struct, rename="camel"):
     media_format: _Format | None = None
 
 
-class _Sound(Struct):
+class _Sound(Struct, gc=False):
     payload: bytes
     track: Track = Track.INBOUND
     timestamp: Milliseconds | None = None
@@ -165,7 +165,7 @@ class _Start(Struct, tag_field="event", tag="start"):
     extra_headers: Any = None
 
 
-class _Media(Struct, tag_field="event", tag="media", rename="camel"):
+class _Media(Struct, tag_field="event", tag="media", rename="camel", gc=False):
     media: _Sound
     stream_id: str | None = None
 

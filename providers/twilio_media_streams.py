@@ -135,7 +135,7 @@ class _Stream(Struct, rename="camel"):
     custom_parameters: dict[str, Any] | None = None
 
 
-class _Sound(Struct):
+class _Sound(Struct, gc=False):
     payload: bytes
     track: Track = Track.INBOUND
     timestamp: Milliseconds | None = None
@@ -158,7 +158,7 @@ class _Start(Struct, tag_field="event", tag="start", rename="camel"):
     stream_sid: str | None = None
 
 
-class _Media(Struct, tag_field="event", tag="media", rename="camel"):
+class _Media(Struct, tag_field="event", tag="media", rename="camel", gc=False):
     media: _Sound
     stream_sid: str | None = None
 
@@ -223,8 +223,6 @@ class Codec:
     def decode(self, frame: str | bytes) -> Iterable[Event]:
         """Events of one frame; media is looked at first. Raises MalformedFrame and nothing else."""
         message = _from_twilio.read(frame)
-        if isinstance(message, Unknown):
-            return (message,)
         if isinstance(message, _Media):
             if message.stream_sid != self._sid:
                 self._check_sid(message.stream_sid)
@@ -232,6 +230,8 @@ class Codec:
             if not sound.payload:
                 raise MalformedFrame("empty_payload", "media without audio")
             return (Audio(sound.payload, sound.track, sound.timestamp),)
+        if isinstance(message, Unknown):
+            return (message,)
         match message:
             case _Connected():
                 return ()

@@ -103,21 +103,22 @@ class Reframer:
         if frame_bytes < 1:
             raise ConfigError(f"a frame of {frame_bytes} bytes: write at least one sample")
         self._size = frame_bytes
-        self._rest = b""  # always shorter than a frame
+        self.rest = b""
+        """What waits for more; always shorter than a frame."""
 
     def push(self, payload: bytes) -> list[bytes]:
         """The frames that are now complete. A payload of just one frame passes as the same object, if nothing waits."""
         size = self._size
-        if not self._rest and len(payload) == size:
+        if not self.rest and len(payload) == size:
             return [payload]
-        data = self._rest + payload
+        data = self.rest + payload
         end = len(data) - len(data) % size
-        self._rest = data[end:]
+        self.rest = data[end:]
         return [data[start : start + size] for start in range(0, end, size)]
 
     def flush(self) -> bytes:
         """The rest, shorter than a frame and maybe empty. Afterwards equal to a fresh reframer."""
-        rest, self._rest = self._rest, b""
+        rest, self.rest = self.rest, b""
         return rest
 
 

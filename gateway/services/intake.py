@@ -120,7 +120,11 @@ class Intake:
     def _hear(self, payload: bytes, heard: int) -> None:
         if self.journal is not None:
             self.journal.hear(payload)
-        self._frame(self._converter.convert(payload), heard)
+        samples = self._converter.convert(payload)
+        if heard == self._share and len(samples) == self._frame_bytes and not self._pending and not self._reframer.rest:
+            self.ring.hear(samples, heard)  # one chunk is one frame
+        else:
+            self._frame(samples, heard)
 
     def _frame(self, samples: bytes, heard: int) -> None:
         self._pending += heard
