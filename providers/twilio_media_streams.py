@@ -218,7 +218,7 @@ class Codec:
         self.accepts: frozenset[type[Message]] = frozenset({Audio, Checkpoint, Clear, Stop} if converse else ())
         self.limits = Limits(settings.lead_ms or _LIMITS.lead_ms, _LIMITS.ceiling_ms, _LIMITS.frame_ms, _LIMITS.max_frame_ms)
         self._sid: str | None = None
-        self._media_prefix = ""
+        self._media_prefix = ""  # of a media frame, once audio can be sent
 
     def decode(self, frame: str | bytes) -> Iterable[Event]:
         """Events of one frame; media is looked at first. Raises MalformedFrame and nothing else."""
@@ -254,6 +254,8 @@ class Codec:
 
     def encode(self, command: Command) -> Iterable[str | bytes]:
         """Frames of one command; none for Stop: any stream is ended by closing its socket. See the contract for errors."""
+        if self._media_prefix and isinstance(command, Audio):
+            return self._media(command.payload)
         if isinstance(command, Stop):
             return ()
         if type(command) not in self.accepts:
@@ -262,8 +264,6 @@ class Codec:
         if sid is None:
             raise NotStarted("Twilio has not named the stream yet, so nothing can be sent")
         match command:
-            case Audio():
-                return self._media(command.payload)
             case Checkpoint():
                 return (write(_SendMark(sid, _Name(command.name))),)
             case Clear():
@@ -300,7 +300,8 @@ class Codec:
             parameters=parameters,
         )
         self._sid = sid
-        self._media_prefix = write(_SendMedia(sid, _Payload(b"")))[: -len('"}}')]
+        if Audio in self.accepts:
+            self._media_prefix = write(_SendMedia(sid, _Payload(b"")))[: -len('"}}')]
         return (start,)
 
     def _media(self, payload: bytes) -> Iterable[str]:

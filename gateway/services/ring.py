@@ -393,4 +393,7 @@ class Ring:
 
 
 def _first(entries: deque[Entry]) -> Frame | None:
-    return next((entry for entry in entries if isinstance(entry, Frame)), None)
+    for entry in entries:
+        if isinstance(entry, Frame):
+            return entry
+    return None
