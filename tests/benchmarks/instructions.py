@@ -86,9 +86,10 @@ def frame_by_frame(path: str) -> Callable[[int], None]:
     sizes = {len(ours.piece(0)) + HEADER_BYTES * framed} if direction == "up" else {len(frames[0])}
     said: set[int] = set()
 
-    def up(tick: int) -> None:
-        now, ring = tick * 0.02, intake.ring
-        session.receive(frames[tick], now)
+    now = 0.0
+
+    def pass_on() -> None:
+        ring = intake.ring
         for event in subscription.take_nowait():
             intake.take(event, now)
         while (entry := ring.take(keep=framed)) is not None:
@@ -98,9 +99,16 @@ def frame_by_frame(path: str) -> Callable[[int], None]:
                     message = pack(Header(Track.INBOUND, entry.flags, entry.seq, entry.pos), message)
                 assert len(message) in sizes
         assert 20_000 > (ring.unacked_bytes if framed else ring.waiting_bytes)
+
+    subscription.notify = pass_on
+
+    def up(tick: int) -> None:
+        nonlocal now
+        now = tick * 0.02
+        session.receive(frames[tick], now)
         if framed and not tick % 10:
-            ring.ack(ring.next_seq - 1)
-            journal.acked(ring.acked)
+            intake.ring.ack(intake.ring.next_seq - 1)
+            journal.acked(intake.ring.acked)
 
     def down(tick: int) -> None:
         now = tick * 0.02
