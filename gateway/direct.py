@@ -112,9 +112,16 @@ if WORKS:
 
 
 def hand_over(socket: web.WebSocketResponse | ClientWebSocketResponse, handler: Handler | None) -> bool:
-    """Have a socket's messages offered to a handler from now on, or to none any more. False: `receive` will have them all."""
+    """Have a socket's messages offered to a handler from now on, or to none any more. False: `receive` will have them all.
+
+    So it is also where aiohttp is not as expected, and with a socket that has a `receive` of its own.
+    """
     queue = socket._reader
-    if not isinstance(queue, DirectQueue) or not isinstance(getattr(socket, "_waiting", None), bool):
+    if (
+        not isinstance(queue, DirectQueue)
+        or not isinstance(getattr(socket, "_waiting", None), bool)
+        or type(socket).receive not in (web.WebSocketResponse.receive, ClientWebSocketResponse.receive)
+    ):
         return False
     queue.handler, queue.socket = handler, socket if handler is not None else None
     return True

@@ -260,6 +260,14 @@ async def test_a_stream_whose_handling_fails_ends_as_failed(
     assert ["stream_failed"] == [entry["event"] for entry in log if entry["log_level"] == "error"]
 
 
+async def test_whoever_has_a_receive_of_his_own_sees_everything() -> None:
+    class Watched(CarrierSocket):
+        async def receive(self, timeout: float | None = None) -> Any:  # noqa: ASYNC109
+            return await super().receive(timeout)
+
+    assert not hand_over(Watched(), into([]))
+
+
 # --- heartbeats ---
 
 
