@@ -25,8 +25,7 @@ class Subscription:
     def __init__(self, media_format: MediaFormat | None, *, capacity_ms: int, track: Track = Track.INBOUND) -> None:
         self._events: deque[Event] = deque()
         self._waiting = asyncio.Event()
-        self.notify: Callable[[], None] = self._waiting.set
-        """Called after each event that is queued: ends a `wait`, unless whoever takes them has something better to do."""
+        self._notify: Callable[[], None] = self._waiting.set
         self._format = media_format
         self._capacity = media_format.bytes_for(capacity_ms) if media_format is not None else 0
         self.track = track
@@ -63,7 +62,11 @@ class Subscription:
                 self.dropped_events += 1
                 return
             self._events.append(event)
-        self.notify()
+        self._notify()
+
+    def notify(self, whom: Callable[[], None] | None) -> None:
+        """Have this called after each event, which must not raise, in place of ending a `wait`; None: no longer."""
+        self._notify = whom if whom is not None else self._waiting.set
 
     def nudge(self) -> None:
         """End a `wait`: whoever takes has something else to do."""

@@ -204,7 +204,7 @@ class WebsocketLink:
         except* ServiceLost as lost:
             raise lost.exceptions[0] from None
         finally:
-            self._line.subscription.notify = self._line.subscription.nudge
+            self._line.subscription.notify(None)
             if self._ack_timer is not None:
                 self._ack_timer.cancel()
             if self._socket is not None:
@@ -424,7 +424,7 @@ class WebsocketLink:
         connection.at = connection.moved_at = now
         if self._pumping is None:
             self._pumping = self._tasks.create_task(self._pump())
-            self._line.subscription.notify = self._pass_on
+            self._line.subscription.notify(self._pass_on)
         self._line.subscription.nudge()
 
     def _lost(self, connection: _Connection, ended: _Ended) -> None:
