@@ -2,8 +2,8 @@
 
 `python tests/benchmarks/process.py [--framed] [--tree DIRECTORY ...]` runs each under valgrind's callgrind, which makes it fifty
 times slower: three calls are all it bears, each 60 ms a frame each way. What it does while nothing is said is measured too and
-subtracted. The kernel's share is in no such count. A frame is one of 20 ms of one call in one direction. The naive relay holds audio
-back and sends it in lumps of five frames: its count has a fifth of our writes in it.
+subtracted. The kernel's share is in no such count. A frame is one of 20 ms of one call in one direction. The naive relay holds
+audio back and sends it in lumps of five frames: its count has a fifth of our writes in it.
 """
 
 from __future__ import annotations
