@@ -100,12 +100,13 @@ def frame_by_frame(path: str) -> Callable[[int], None]:
                 assert len(message) in sizes
         assert 20_000 > (ring.unacked_bytes if framed else ring.waiting_bytes)
 
-    subscription.notify = pass_on
+    subscription.notify(pass_on)
 
     def up(tick: int) -> None:
         nonlocal now
         now = tick * 0.02
         session.receive(frames[tick], now)
+        assert intake.ring.next_seq > tick, "it has been passed on"
         if framed and not tick % 10:
             intake.ring.ack(intake.ring.next_seq - 1)
             journal.acked(intake.ring.acked)
