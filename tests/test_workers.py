@@ -210,7 +210,7 @@ async def settled(gateway: Gateway, workers: int) -> bool:
 
 async def rolling(directory: Path, *, restarts: int, handshakes: int, held: int = 10, workers: int = 2) -> dict[str, Any]:
     """Rolling restarts under traffic, with calls that are there from the beginning to the end."""
-    options = {"max_calls": 5000, "max_pending_per_address": 5000, "drain_secs": 3600}
+    options = {"max_calls": 5000, "max_pending_per_address": 5000, "drain_secs": 3600, "stall_timeout_secs": 0}
     async with running(directory, "--workers", str(workers), **options) as gateway, asyncio.TaskGroup() as tasks:
         calls = [Held(gateway.port, number) for number in range(held)]
         for call in calls:
@@ -240,7 +240,7 @@ async def rolling(directory: Path, *, restarts: int, handshakes: int, held: int 
 
 async def kills(directory: Path, *, kills: int, signals: tuple[signal.Signals, ...], workers: int = 2) -> dict[str, Any]:
     """Workers killed one after the other under traffic."""
-    options = {"max_calls": 5000, "max_pending_per_address": 5000, "drain_secs": 3600}
+    options = {"max_calls": 5000, "max_pending_per_address": 5000, "drain_secs": 3600, "stall_timeout_secs": 0}
     async with running(directory, "--workers", str(workers), **options) as gateway, asyncio.TaskGroup() as tasks:
         traffic = Traffic(gateway.port)
         running_traffic = tasks.create_task(traffic.run(1))
