@@ -17,7 +17,7 @@ import secrets
 from enum import IntEnum
 from pathlib import Path
 from struct import Struct as Layout
-from time import monotonic
+from time import monotonic, time
 
 import msgspec
 from msgspec import Struct
@@ -26,6 +26,9 @@ from gateway.ledger import opened, shared_directory
 
 MOST_ATTEMPTS = 10
 """How often a call may be asked for again: a call that kills whoever takes it must not kill them all."""
+
+MOST_ANNOUNCED = 2
+"""The same for one whose stream has never come: whatever keeps it away is likely to stay."""
 
 KEEP_SECS = 120.0
 """How long what a dead process has left, or a call that has ended, is remembered."""
@@ -59,6 +62,11 @@ class State(IntEnum):
     """On purpose: nobody takes it up again."""
     LOST = 3
     """Ended because of its service."""
+    ANNOUNCED = 4
+    """Its stream has been asked for, and has not come yet."""
+
+
+_GOING_ON = frozenset({State.LIVE, State.ANNOUNCED})
 
 
 class Word(Struct, frozen=True, array_like=True):
@@ -122,18 +130,34 @@ class Journal:
         name = self._name(provider, call_id)
         attempts, legacy = 0, None
         with contextlib.suppress(OSError, ValueError), self._open(name) as old:
+            if old.state in _GOING_ON:
+                attempts = old.attempts
             if old.state is State.LIVE:
-                attempts, legacy = old.attempts, old.read()
-        try:
-            entry = Entry(self._key, self.directory, name, standing, attempts, capacity)
-        except OSError as error:
-            self.unwritten += 1
-            self.problem = f"{self.directory}: {error.strerror or error}"
+                legacy = old.read()
+        entry = self._made(name, standing, State.LIVE, attempts, capacity)
+        if entry is None:
             return None, None
-        self.problem = ""
         if legacy is not None:
             entry.inherit(legacy)
         return entry, legacy
+
+    def announce(self, provider: str, call_id: str, route: str) -> None:
+        """The carrier has been told to connect a stream: it may ask again, should its connection be lost before it starts."""
+        self.sweep()
+        if self.ask(provider, call_id) not in _GOING_ON:
+            entry = self._made(self._name(provider, call_id), Standing("", route), State.ANNOUNCED, 0, 0)
+            if entry is not None:
+                entry.close()
+
+    def _made(self, name: str, standing: Standing, state: State, attempts: int, capacity: int) -> Entry | None:
+        try:
+            entry = Entry(self._key, self.directory, name, standing, state, attempts, capacity)
+        except OSError as error:
+            self.unwritten += 1
+            self.problem = f"{self.directory}: {error.strerror or error}"
+            return None
+        self.problem = ""
+        return entry
 
     def ask(self, provider: str, call_id: str) -> State | None:
         """How a call stands, without touching it; None: nothing is known of it."""
@@ -144,10 +168,11 @@ class Journal:
             return None
 
     def attempt(self, provider: str, call_id: str) -> str | None:
-        """The carrier will be asked for the call again: the label of its route, or None if that must not be."""
+        """The carrier is to be asked for a stream of the call again: the label of its route, or None if that must not be."""
         try:
             with self._open(self._name(provider, call_id)) as entry:
-                if entry.state is not State.LIVE or entry.attempts >= MOST_ATTEMPTS:
+                most = {State.LIVE: MOST_ATTEMPTS, State.ANNOUNCED: MOST_ANNOUNCED}.get(entry.state, 0)
+                if entry.attempts >= most:
                     return None
                 entry.attempts += 1
                 return entry.standing().route
@@ -167,17 +192,17 @@ class Journal:
                 self._next_sweep = now + _SWEEP_SECS
                 self._to_sweep = [path.name for path in self.directory.iterdir() if path.suffix in (".call", ".new")]
         for _ in range(len(self._to_sweep) if everything else min(_SWEPT_AT_ONCE, len(self._to_sweep))):
-            name = self._to_sweep.pop()
-            try:
-                with _Opened(self._key, self.directory / name) as entry:
-                    stale = now - entry.silent_since > KEEP_SECS and (entry.state is not State.LIVE or not _lives(entry.owner))
-            except ValueError:
-                stale = True
-            except OSError:
-                continue
-            if stale:
-                with contextlib.suppress(OSError):
-                    (self.directory / name).unlink()
+            path = self.directory / self._to_sweep.pop()
+            with contextlib.suppress(OSError):
+                try:
+                    with _Opened(self._key, path) as entry:
+                        stale = now - entry.silent_since > KEEP_SECS and (
+                            entry.state is not State.LIVE or not _lives(entry.owner)
+                        )
+                except ValueError:  # somebody may be about to write it
+                    stale = time() - path.stat().st_mtime > KEEP_SECS
+                if stale:
+                    path.unlink()
 
     def close(self) -> None:
         """Nothing is removed that another process may need."""
@@ -227,7 +252,9 @@ class Entry:
     `hear`, `took` and `acked` are made for every frame; the rest changes now and then. After `end` or `close` all do nothing.
     """
 
-    def __init__(self, key: bytes, directory: Path, name: str, standing: Standing, attempts: int, capacity: int) -> None:
+    def __init__(
+        self, key: bytes, directory: Path, name: str, standing: Standing, state: State, attempts: int, capacity: int
+    ) -> None:
         """Raises OSError when there is no room for it."""
         os.close(opened(directory))
         self._path = directory / name
@@ -251,7 +278,7 @@ class Entry:
             os.posix_fallocate(descriptor, 0, _HEAD_BYTES + capacity)
             self._map = mmap.mmap(descriptor, _HEAD_BYTES + capacity)
             self._inode = os.fstat(descriptor).st_ino
-            _IDENTITY.pack_into(self._map, 0, _MAGIC, State.LIVE, attempts, 0, os.getpid(), salt)
+            _IDENTITY.pack_into(self._map, 0, _MAGIC, state, attempts, 0, os.getpid(), salt)
             _HEARD.pack_into(self._map, _HEARD_AT, monotonic(), 0)
             _NUMBER.pack_into(self._map, _ACKED_AT, -1)
             self._seal(monotonic())
@@ -441,7 +468,7 @@ class _Opened:
         self._attempts = self._map[_ATTEMPTS_AT] = count
 
     def conclude(self) -> None:
-        if self.state is State.LIVE:
+        if self.state in _GOING_ON:
             self._map[_STATE_AT] = State.ENDED
 
     def standing(self) -> Standing:

@@ -371,6 +371,8 @@ class Server:
             return _xml(provider.overflow())
         rules.house.door.answered(name, signed, call)
         answer = self._connect(rules, provider, name, signed, call, token)
+        if rules.house.settings.reattach_secs:
+            self.house.journal.announce(name, call.call_id, label)
         self._log.info("call_answered", provider=name, call_id=call.call_id, caller=call.caller, called=call.called, route=label)
         return _xml(answer)
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from gateway import journal
 from gateway.audio import Converter
 from gateway.events import Audio, Dtmf, Gap
-from gateway.journal import MOST_ATTEMPTS, Entry, Journal, Legacy, Standing, State, Word
+from gateway.journal import MOST_ANNOUNCED, MOST_ATTEMPTS, Entry, Journal, Legacy, Standing, State, Word
 from gateway.media import MULAW_8K, Encoding, MediaFormat, Track
 from gateway.services.intake import Intake
 from gateway.services.native import NativeCarrier
@@ -185,6 +185,21 @@ def test_a_call_is_taken_up_so_often_and_not_once_it_has_ended(place: Path) -> N
     assert "route-0" == first.attempt(*CALL)
 
 
+def test_a_call_whose_stream_has_never_come_may_be_asked_for_a_few_times(place: Path) -> None:
+    first, second = Journal(SECRET, directory=place), Journal(SECRET, directory=place)
+    first.announce(*CALL, "route-7")
+    assert State.ANNOUNCED is second.ask(*CALL)
+    assert ["route-7"] * MOST_ANNOUNCED + [None] == [second.attempt(*CALL) for _ in range(MOST_ANNOUNCED + 1)]
+    entry = begun(second)  # and once it has come it is as good as any
+    assert "route-0" == first.attempt(*CALL)
+    first.announce(*CALL, "route-7")
+    assert State.LIVE is second.ask(*CALL), "one more webhook of a call that goes on"
+    entry.end(State.ENDED)
+    first.announce(*CALL, "route-7")
+    second.conclude(*CALL)
+    assert first.attempt(*CALL) is None
+
+
 def test_who_was_superseded_knows_and_spoils_nothing(place: Path) -> None:
     older = begun(Journal(SECRET, directory=place))
     older.hear(b"first")
@@ -214,7 +229,10 @@ def test_what_nobody_needs_is_removed(place: Path, monkeypatch: pytest.MonkeyPat
     ended, _ = store.begin("twilio", "ended", Standing("s", "r"), capacity=10)
     assert ended is not None
     ended.end(State.ENDED)
-    (place / "torn.call").write_bytes(b"x")
+    for torn in ("torn.call", "torn.new"):
+        (place / torn).write_bytes(b"x")
+        os.utime(place / torn, (0, 0))
+    (place / "just.new").write_bytes(b"")
     later = journal.monotonic() + 1000
     monkeypatch.setattr(journal, "monotonic", lambda: later)
     fresh = Journal(SECRET, directory=place)
@@ -222,7 +240,7 @@ def test_what_nobody_needs_is_removed(place: Path, monkeypatch: pytest.MonkeyPat
     assert ["running"] == [name for name in ("running", "ended") if fresh.ask("twilio", name)], "its process lives"
     monkeypatch.setattr(journal, "_lives", lambda _: False)
     Journal(SECRET, directory=place).sweep(everything=True)
-    assert [] == [*place.iterdir()]
+    assert ["just.new"] == [path.name for path in place.iterdir()], "somebody is about to write it"
     assert running is not None
 
 

@@ -208,11 +208,12 @@ def figures(service: Service, reports: list[CallReport], replaced: list[float], 
     gaps = sorted(gap for report in reports for gap in report.gaps_ms)
     lost_streams = sum(len(report.streams) - 1 for report in reports)
     beyond = []
+    begun = [report for report in reports if report.connected]
     unheard = 0
     for report in reports:
         session = service.sessions.get(service.by_call.get(report.call_id, ""))
         if session is None:
-            unheard += 1
+            unheard += report.connected
             continue
         losses = len(report.streams) - 1
         unread = session.missing - report.lost_in_gaps_ms / 20
@@ -221,7 +222,9 @@ def figures(service: Service, reports: list[CallReport], replaced: list[float], 
     return {
         "kills": len(replaced), "workers": workers, "calls_at_once": calls, "calls": len(reports),
         "reattached": lost_streams, "calls_that_came_back": sum(len(report.streams) > 1 for report in reports),
-        "failed": [f"{report.call_id}: {'; '.join(report.errors)}" for report in reports if report.errors][:20],
+        "failed": [f"{each.call_id}: {'; '.join(each.errors)}" for each in begun if each.errors and not away(each)][:20],
+        "webhooks_broken": sum(not each.connected for each in reports),
+        "hung_up_while_away": sum(map(away, reports)),
         "not_reattached": sum(report.ended_with is not None for report in reports), "unheard": unheard,
         "wrong": [*service.wrong, *(each for session in service.sessions.values() for each in session.wrong)][:20],
         "frames_lost_beyond_the_gap_at_each_loss": {"mean": round(sum(beyond) / len(beyond), 2), "max": max(beyond)},
@@ -232,6 +235,11 @@ def figures(service: Service, reports: list[CallReport], replaced: list[float], 
             "max": round(1000 * max(replaced, default=0)),
         },
     }  # fmt: skip
+
+
+def away(report: CallReport) -> bool:
+    """Whether the caller hung up after a stream was lost and before the next one came."""
+    return report.ended_by == "caller" and bool(report.streams) and report.streams[-1].ended_by != "caller"
 
 
 def percentile(values: list[float] | list[int], share: float) -> int | None:
