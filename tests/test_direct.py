@@ -273,6 +273,14 @@ async def test_whoever_has_a_receive_of_his_own_sees_everything() -> None:
         assert hand_over(socket, into([])) is (kind is CarrierSocket)
 
 
+async def test_an_aiohttp_that_we_do_not_know_is_said_in_the_log(
+    launch: Launch, log: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct, "WORKS", False)
+    await launch()
+    assert [aiohttp.__version__] == [entry["version"] for entry in log if entry["event"] == "aiohttp_unknown"]
+
+
 # --- heartbeats ---
 
 
