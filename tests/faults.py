@@ -283,8 +283,13 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             (),
             ("overload",),
         ),
-        Row("O2", "SIGTERM", "no new calls, those that there are may end; then they are ended and told why"),
-        Row("O3", "A worker is killed", "restarted, calls attach again", open="workers are being written"),
+        Row(
+            "O2",
+            "SIGTERM",
+            "no new calls, those that there are may end; then they are ended and told why",
+            results=("rolling",),
+        ),
+        Row("O3", "A worker is killed", "restarted, calls attach again", results=("killed-workers",)),
         Row("O4", "The supervisor is killed", "workers live on", open="workers are being written"),
         Row("O5", "Something blocks the event loop", "told with the stack of what blocks"),
         Row("O6", "File descriptors run out", "calls go on, the log stays short, new calls come in once there is room"),
@@ -493,6 +498,22 @@ def _overload(figures: dict[str, Any]) -> str:
     )
 
 
+def _rolling(found: dict[str, Any]) -> str:
+    return (
+        f"{found['restarts']} rolling restarts, {found['handshakes']:,} handshakes: {found['refused']} refused; "
+        f"{found['dropped']} of {found['held']} calls that were held through all of it dropped"
+    )
+
+
+def _killed(found: dict[str, Any]) -> str:
+    gap, lost = found["gap_ms"], found["frames_lost_beyond_the_gap_at_each_loss"]
+    return (
+        f"{found['kills']} workers killed, {found['reattached']:,} streams lost: {found['not_reattached']} calls did not come back; "
+        f"without a stream for {gap['p50']} ms (p50), {gap['p99']} ms (p99); {lost['mean']} frames at each loss were in the dead "
+        f"process's socket, none of those it had read is missing"
+    )
+
+
 FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "fuzz-decode": _fuzz,
     "fuzz-session": _fuzz,
@@ -501,6 +522,8 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "soak-path": _path,
     "soak-calls": _calls,
     "overload": _overload,
+    "rolling": _rolling,
+    "killed-workers": _killed,
 }
 
 

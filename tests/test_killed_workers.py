@@ -2,7 +2,7 @@
 
 The long form, which prints its figures as JSON:
 
-    python -m tests.test_killed_workers --kills 100 --calls 40 --workers 4
+    python -m tests.test_killed_workers --kills 100 --calls 40 --workers 4 --store
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import providers
 from gateway.callreport import CallReport
 from gateway.media import MULAW_8K
 from gateway.simulator import simulate
+from tests.results import store
 from tests.services.lines import FRAMES
 from tests.test_drain import Gateway, running, until
 from tests.test_workers import pids, settled, wait_for
@@ -271,9 +272,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     for name, default in arguments():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--store", action="store_true", help="Keep the figures for the fault table.")
     given = vars(parser.parse_args())
+    keep = given.pop("store")
     with tempfile.TemporaryDirectory() as directory:
-        print(json.dumps(asyncio.run(killing(Path(directory), **given)), indent=2))
+        found = asyncio.run(killing(Path(directory), **given))
+    print(json.dumps(found, indent=2))
+    if keep:
+        well = not (found["failed"] or found["wrong"] or found["not_reattached"] or found["unheard"])
+        store("killed-workers", found, passed=well and found["gap_ms"]["p99"] <= 1500, module="tests.test_killed_workers")
 
 
 if __name__ == "__main__":

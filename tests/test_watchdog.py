@@ -112,6 +112,7 @@ WALL_CLOCK = {
     "gateway.doctor": "compares it with the world's, and looks at certificates",
     "gateway.services.recorder": "recordings are named by date",
     "gateway.capture": "captures are",
+    "gateway.journal": "a file's age is told by it, if nothing in the file tells it",
 }
 """Who may look at the wall clock, and what for."""
 
