@@ -508,9 +508,9 @@ def _rolling(found: dict[str, Any]) -> str:
 def _killed(found: dict[str, Any]) -> str:
     gap, lost = found["gap_ms"], found["frames_lost_beyond_the_gap_at_each_loss"]
     return (
-        f"{found['kills']} workers killed, {found['reattached']:,} streams lost: {found['not_reattached']} calls did not come back; "
-        f"without a stream for {gap['p50']} ms (p50), {gap['p99']} ms (p99); {lost['mean']} frames at each loss were in the dead "
-        f"process's socket, none of those it had read is missing"
+        f"{found['kills']} workers killed, {found['reattached']:,} streams lost, {found['not_reattached']} of them not taken up; "
+        f"without a stream for {gap['p50']} ms (p50), {gap['p99']} ms (p99); missing at each loss, beyond what found no stream: "
+        f"{lost['mean']} frames (mean), {lost['max']:.0f} (max)"
     )
 
 
