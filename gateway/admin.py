@@ -7,6 +7,7 @@ import hmac
 import os
 import platform
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -94,7 +95,7 @@ class Trouble(Exception):
         self.status = status
 
 
-class Operators:
+class Operators(ABC):
     """An operators' listener, whatever is served there: who may ask, and how an answer looks. `start`, then `stop`."""
 
     def __init__(self, address: str) -> None:
@@ -108,16 +109,16 @@ class Operators:
         self._private = False
 
     @property
+    @abstractmethod
     def settings(self) -> Settings:
         """Those in force."""
-        raise NotImplementedError
 
+    @abstractmethod
     def count_refusal(self) -> None:
         """Somebody came without the token."""
-        raise NotImplementedError
 
-    def _routes(self, app: web.Application) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _routes(self, app: web.Application) -> None: ...
 
     async def start(self, path: str | None = None) -> int:
         """Listen. Returns the port. Raises OSError for an address that can't be used; its `filename` is the address.

@@ -15,6 +15,7 @@ import select
 import signal
 import socket
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from time import clock_gettime, process_time
 from time import perf_counter as clock
@@ -98,7 +99,7 @@ class Track:
         return max(0, len(self.sent) // self.unit - self.units) * self.unit
 
 
-class Peer:
+class Peer(ABC):
     """One socket of ours."""
 
     __slots__ = ("backlog", "begun", "generator", "over", "rest", "sock")
@@ -198,11 +199,11 @@ class Peer:
         self.over = True
         self.generator.forget(self)
 
-    def greet(self, head: bytes) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def greet(self, head: bytes) -> None: ...
 
-    def take(self, opcode: int, data: memoryview, begin: int, end: int, now: float) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def take(self, opcode: int, data: memoryview, begin: int, end: int, now: float) -> None: ...
 
 
 class Caller(Peer):
