@@ -7,12 +7,13 @@ happens once, at the end. Hosts are little-endian, as the wires are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from math import inf
 
 import numpy as np
 
 from gateway.audio import g711
-from gateway.audio.resample import FirResampler, FloatArray, Resampler, resample_whole, resampler
+from gateway.audio.resample import FirResampler, FloatArray, Resampler, Workspace, resample_whole, resampler
 from gateway.errors import ConfigError
 from gateway.media import Encoding, MediaFormat
 
@@ -45,11 +46,10 @@ class Converter:
             self._resampler = resampler(source.sample_rate, target.sample_rate)
             self._gain = inf
         if isinstance(self._resampler, FirResampler):
-            self._fir = self._resampler
-            self._gain = self._fir.gain
-            self._block_bytes = len(self._fir.inlet) * self._sample_bytes
-            self._load_inlet = _loader(self._source, self._fir.inlet)
-            self._encode_outlet = _encoder(self._target, self._fir.outlet, self._gain)
+            self._fir, work = self._resampler, self._resampler.workspace
+            self._gain = work.gain
+            self._block_bytes = len(work.inlet) * self._sample_bytes
+            self._load_inlet, self._encode_outlet = _ends(work, self._source, self._target)
 
     @property
     def passthrough(self) -> bool:
@@ -60,7 +60,7 @@ class Converter:
         """All that can be given out now; maybe nothing."""
         fir = self._fir
         if fir is not None and len(payload) == self._block_bytes and not fir.filled and not self._partial:
-            self._load_inlet(payload)  # 20 ms: straight through the filter's buffers
+            self._load_inlet(payload)  # 20 ms: straight through the filter's workspace
             fir.run()
             return self._encode_outlet()
         if self._partial or len(payload) % self._sample_bytes:
@@ -140,6 +140,12 @@ def _check(media_format: MediaFormat) -> None:
         raise ConfigError(f"sample_rate {media_format.sample_rate!r}: write a rate from 8000 to 48000 Hz")
     if media_format.channels != 1:
         raise ConfigError(f"channels {media_format.channels!r}: write 1, a track is mono")
+
+
+@cache
+def _ends(work: Workspace, source: Encoding, target: Encoding) -> tuple[Callable[[bytes], None], Callable[[], bytes]]:
+    """What fills a workspace's inlet, and what reads its outlet."""
+    return _loader(source, work.inlet), _encoder(target, work.outlet, work.gain)
 
 
 def _loader(encoding: Encoding, into: FloatArray) -> Callable[[bytes], None]:

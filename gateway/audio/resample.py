@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from functools import cache
 from math import gcd
+from threading import local
 from typing import Protocol
 
 import numpy as np
@@ -69,39 +70,63 @@ def resample_whole(samples: FloatArray, source_rate: int, target_rate: int) -> F
     return whole
 
 
+class Workspace:
+    """What one product of a filter is computed in: `[history | block]`, its windows, and the outcome. All streams of a thread that
+    have the same rates take turns, so that hundreds of calls stay within the processor's caches: 10 kB for each would not."""
+
+    def __init__(self, source_rate: int, target_rate: int) -> None:
+        _, _, _, history, self.taps = _bank(source_rate, target_rate)
+        block = source_rate // _BLOCKS_PER_SECOND
+        self.line = np.zeros(history + block, np.float32)
+        self.inlet = self.line[history:]
+        self.head, self.tail = self.line[:history], self.line[block:]
+        width, row_outputs = self.taps.shape
+        self.windows = np.lib.stride_tricks.sliding_window_view(self.line, width)[:: block // _ROWS]
+        self.rows = np.empty((_ROWS, width), np.float32)
+        self.dot = self.rows.dot  # the method: `np.dot` asks its arguments first whether they are arrays
+        self.product = np.empty((_ROWS, row_outputs), np.float32)
+        self.outlet = self.product.reshape(-1)
+        self.gain = float(np.abs(self.taps).sum(0).max())
+        """No sample of the output is larger than the largest of the input times this."""
+
+
+class _Threads(local):
+    def __init__(self) -> None:
+        self.workspace = cache(Workspace)
+
+
+_of_thread = _Threads()
+
+
 class FirResampler:
     """Between two of `FIR_RATES`: constant delay, and for m samples so far exactly ceil(m * target / source) out.
 
-    Whoever has a whole block while `filled` is 0 may write it into `inlet`, call `run` and find the result in `outlet`: the short
-    way, for 20 ms chunks. `process` takes any number of samples, by the same product.
+    Whoever has a whole block while `filled` is 0 may write it into the workspace's `inlet`, call `run` and find the result in its
+    `outlet`: the short way, for 20 ms chunks. `process` takes any number of samples, by the same product. A stream belongs to the
+    thread that it was made in.
     """
 
     def __init__(self, source_rate: int, target_rate: int) -> None:
-        self._up, self._down, self.delay_ms, history, self._taps = _bank(source_rate, target_rate)
+        self._up, self._down, self.delay_ms, history, _ = _bank(source_rate, target_rate)
         self._block = source_rate // _BLOCKS_PER_SECOND
         self._line = np.zeros(history + self._block, np.float32)  # [history | this block]
-        self.inlet = self._line[history:]
+        self._inlet = self._line[history:]
         self._head, self._tail = self._line[:history], self._line[self._block :]
-        width, row_outputs = self._taps.shape
-        self._windows = np.lib.stride_tricks.sliding_window_view(self._line, width)[:: self._block // _ROWS]
-        self._rows = np.empty((_ROWS, width), np.float32)
-        self._dot = self._rows.dot  # the method: `np.dot` asks its arguments first whether they are arrays
-        self._product = np.empty((_ROWS, row_outputs), np.float32)
-        self.outlet = self._product.reshape(-1)
-        self.gain = float(np.abs(self._taps).sum(0).max())
-        """No sample of the output is larger than the largest of the input times this."""
+        self.workspace = _of_thread.workspace(source_rate, target_rate)
         self.filled = 0  # samples of this block so far
         self._idle = True
 
     def run(self) -> None:
-        """From a whole block in `inlet` to `outlet`. Only while `filled` is 0."""
+        """From a whole block in the workspace's inlet to its outlet. Only while `filled` is 0."""
         self._idle = False
-        self._rows[...] = self._windows  # with dots: numpy makes another view for a colon
-        self._dot(self._taps, self._product)
-        self._head[...] = self._tail
+        work, head = self.workspace, self._head
+        work.head[...] = head  # with dots: numpy makes another view for a colon
+        work.rows[...] = work.windows
+        work.dot(work.taps, work.product)
+        head[...] = work.tail
 
     def process(self, samples: FloatArray) -> FloatArray:
-        start, size = self.filled, len(samples)
+        start, size, work = self.filled, len(samples), self.workspace
         if not size:
             return np.zeros(0, np.float32)
         self._idle = False
@@ -109,11 +134,12 @@ class FirResampler:
         read = written = 0
         while read < size:
             filled = min(self.filled + size - read, self._block)
-            self.inlet[self.filled : filled] = samples[read : read + filled - self.filled]
+            self._inlet[self.filled : filled] = samples[read : read + filled - self.filled]
             read += filled - self.filled
-            self._rows[:] = self._windows
-            self._dot(self._taps, self._product)
-            piece = self.outlet[self._outputs(self.filled) : self._outputs(filled)]
+            work.line[:] = self._line
+            work.rows[:] = work.windows
+            work.dot(work.taps, work.product)
+            piece = work.outlet[self._outputs(self.filled) : self._outputs(filled)]
             result[written : written + len(piece)] = piece
             written += len(piece)
             if filled == self._block:
