@@ -22,6 +22,11 @@ class Subscription:
     `offer` never blocks: beyond `capacity_ms` the oldest audio is dropped, counted, and told as one `Gap` in its place.
     """
 
+    __slots__ = (
+        "_capacity", "_chunks", "_events", "_format", "_notify", "_queued", "_shed", "_waiting", "audio_bytes", "both",
+        "dropped_bytes", "dropped_events", "taken_bytes", "track",
+    )  # fmt: skip
+
     def __init__(self, media_format: MediaFormat | None, *, capacity_ms: int, track: Track = Track.INBOUND) -> None:
         self._events: deque[Event] = deque()
         self._waiting = asyncio.Event()
@@ -115,6 +120,8 @@ class Subscription:
 
 class Channel:
     """The events of one stream, fanned out."""
+
+    __slots__ = ("_subscriptions", "_watchers", "session_id")
 
     def __init__(self, session_id: str, watchers: list[Watcher]) -> None:
         self.session_id = session_id

@@ -220,6 +220,8 @@ class Journal:
 class _Sealed:
     """Sealing with one entry's keys: no two bytes of it are ever sealed with the same part of a keystream."""
 
+    __slots__ = ("_audio_key", "_slot_key")
+
     def __init__(self, key: bytes, name: str, salt: bytes) -> None:
         mine = hmac.digest(key, name.encode() + salt, hashlib.sha256)
         self._slot_key = hmac.digest(mine, b"standing", hashlib.sha256)
@@ -251,6 +253,11 @@ class Entry:
 
     `hear`, `took` and `acked` are made for every frame; the rest changes now and then. After `end` or `close` all do nothing.
     """
+
+    __slots__ = (
+        "_acked", "_capacity", "_heard", "_inode", "_map", "_over", "_pad", "_pad_begins", "_path", "_sealed", "_sealed_at",
+        "_slot", "_unsealed", "standing",
+    )  # fmt: skip
 
     def __init__(
         self, key: bytes, directory: Path, name: str, standing: Standing, state: State, attempts: int, capacity: int

@@ -53,6 +53,13 @@ class Playout:
     returns, in order; call it again at `next_due`. `confirm` takes the carrier's echoes. Results are events for the service.
     """
 
+    __slots__ = (
+        "_accepted", "_arrived_at", "_boundary", "_capacity", "_chunks", "_dry_at", "_generation", "_heard", "_largest",
+        "_lateness", "_lead", "_marks", "_offset", "_rate", "_sent", "_total_cleared", "_total_played", "_total_queued",
+        "_unit", "_unsent", "awaited", "ending", "media_format", "outbound", "queued_bytes", "refused", "sample_bytes",
+        "stale_echoes", "unconfirmed", "underruns",
+    )  # fmt: skip
+
     def __init__(self, media_format: MediaFormat, limits: Limits, *, capacity_ms: int) -> None:
         self.media_format = media_format
         self.sample_bytes = media_format.sample_bytes

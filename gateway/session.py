@@ -77,6 +77,14 @@ class Session:
     the socket is gone; it is idempotent. It never raises on what a peer sends.
     """
 
+    __slots__ = (
+        "_bad_recently", "_bad_since", "_capacity_ms", "_codec", "_disorder", "_drained", "_early", "_emit", "_ending",
+        "_follows", "_frames", "_full", "_last_audio", "_last_number", "_last_other", "_note", "_number", "_paused", "_rate",
+        "_rests", "_sample_bytes", "_timelines", "_told", "_unconfirmed", "bad", "close_code", "duplicate_bytes", "farewell",
+        "faults", "frames_in", "frames_out", "gap_ms", "outcomes", "playout", "received_bytes", "recital", "start", "stop",
+        "unknown",
+    )  # fmt: skip
+
     def __init__(
         self,
         codec: Codec,

@@ -120,6 +120,13 @@ class House:
 class Stream:
     """One carrier's socket with its session and its link. The server makes one per connection and awaits `run`."""
 
+    __slots__ = (
+        "_admitted", "_armed", "_began", "_capture", "_channel", "_closed_with", "_entered", "_failure", "_frame_ms", "_house",
+        "_idle", "_journal", "_lead_ms", "_legacy", "_links", "_listeners", "_loop", "_owed", "_released", "_serving",
+        "_socket", "_stall", "_stopwatch", "_taken", "_tasks", "_timed_frame", "_transport", "_untimed", "_wake", "dialler",
+        "kind", "log", "provider", "route", "session", "session_id", "start", "subscription",
+    )  # fmt: skip
+
     def __init__(
         self,
         house: House,

@@ -42,6 +42,8 @@ class Reader(Generic[T]):
     broken one.
     """
 
+    __slots__ = ("_decode", "_decode_tag", "_kinds")
+
     def __init__(self, frames: Any, *, tag: str, strict: bool = False) -> None:
         self._decode = Decoder(frames, strict=strict).decode
         self._kinds = frozenset(frame.__struct_config__.tag for frame in get_args(frames))

@@ -248,6 +248,8 @@ _to_plivo: Reader[_ToPlivo] = Reader(_ToPlivo, tag="event", strict=True)
 class Codec:
     """Our half. The start frame says which of the three formats the stream has; the configuration only fills in for it."""
 
+    __slots__ = ("_format", "_media_prefix", "_stream_id", "accepts", "limits")
+
     def __init__(self, settings: Settings) -> None:
         converse = settings.mode == "converse"
         self.accepts: frozenset[type[Message]] = frozenset({Audio, Dtmf, Checkpoint, Clear, Stop} if converse else ())

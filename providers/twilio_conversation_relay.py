@@ -263,6 +263,8 @@ _to_twilio: Reader[_ToTwilio] = Reader(_ToTwilio, tag="type", strict=True)
 class Codec:
     """Our half. Text frames carry no stream id: what comes on this socket belongs to the session that `setup` named."""
 
+    __slots__ = ("_session_id", "accepts", "limits")
+
     def __init__(self) -> None:
         self.accepts = _ACCEPTS
         self.limits = Limits()

@@ -213,6 +213,8 @@ _to_twilio: Reader[_ToTwilio] = Reader(_ToTwilio, tag="event", strict=True)
 class Codec:
     """Our half. A listening stream accepts nothing: Twilio answers any frame on it with protocol error 31924."""
 
+    __slots__ = ("_media_prefix", "_sid", "accepts", "limits")
+
     def __init__(self, settings: Settings) -> None:
         converse = settings.mode == "converse"
         self.accepts: frozenset[type[Message]] = frozenset({Audio, Checkpoint, Clear, Stop} if converse else ())

@@ -223,7 +223,7 @@ def test_a_long_run_keeps_no_memory() -> None:
                 assert 1 == len(playout.confirm(item.name, line.now))
         if n % 100 == 99:
             playout.clear(line.now)
-        held = {name: len(value) for name, value in vars(playout).items() if hasattr(value, "__len__")}
+        held = {name: len(getattr(playout, name)) for name in playout.__slots__ if hasattr(getattr(playout, name), "__len__")}
         assert held.pop("_lateness") <= 8
         assert {0} == set(held.values())
 

@@ -28,6 +28,11 @@ class Converter:
     never wrapped; NaN counts as silence.
     """
 
+    __slots__ = (
+        "_block_bytes", "_encode_outlet", "_fir", "_gain", "_load_inlet", "_partial", "_passthrough", "_resampler",
+        "_sample_bytes", "_source", "_target", "_transcode",
+    )  # fmt: skip
+
     def __init__(self, source: MediaFormat, target: MediaFormat) -> None:
         """Raises ConfigError for a format that can't be converted."""
         _check(source)
@@ -97,6 +102,8 @@ class Converter:
 
 class Reframer:
     """Cuts a stream of bytes into frames of one size. `push` gives whole frames only; `flush` gives the rest."""
+
+    __slots__ = ("_size", "rest")
 
     def __init__(self, frame_bytes: int) -> None:
         """Raises ConfigError unless `frame_bytes` (`MediaFormat.bytes_for(frame_ms)`) is at least 1."""

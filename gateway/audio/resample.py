@@ -71,8 +71,8 @@ def resample_whole(samples: FloatArray, source_rate: int, target_rate: int) -> F
 
 
 class Workspace:
-    """What one product of a filter is computed in: `[history | block]`, its windows, and the outcome. All streams of a thread that
-    have the same rates take turns, so that hundreds of calls stay within the processor's caches: 10 kB for each would not."""
+    """What one product of a filter is computed in: `[history | block]`, its windows, and the outcome. All streams of a
+    thread that have the same rates take turns, so that hundreds of calls stay within the processor's caches."""
 
     def __init__(self, source_rate: int, target_rate: int) -> None:
         _, _, _, history, self.taps = _bank(source_rate, target_rate)
@@ -105,6 +105,8 @@ class FirResampler:
     `outlet`: the short way, for 20 ms chunks. `process` takes any number of samples, by the same product. A stream belongs to the
     thread that it was made in.
     """
+
+    __slots__ = ("_block", "_down", "_head", "_idle", "_inlet", "_line", "_tail", "_up", "delay_ms", "filled", "workspace")
 
     def __init__(self, source_rate: int, target_rate: int) -> None:
         self._up, self._down, self.delay_ms, history, _ = _bank(source_rate, target_rate)

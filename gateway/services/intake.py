@@ -21,6 +21,11 @@ block on comes out a block later as it did the first time."""
 class Intake:
     """Pure. `source` is the carrier's format (None on a stream of text), `target` the service's."""
 
+    __slots__ = (
+        "_converter", "_filled_ms", "_filling_since", "_frame_bytes", "_pending", "_protocol", "_reframer", "_share",
+        "_skipped", "_source", "_target", "_track", "journal", "ring",
+    )  # fmt: skip
+
     def __init__(
         self,
         source: MediaFormat | None,

@@ -61,6 +61,12 @@ class Ring:
     `live` (not numbered) or `rewind` (the service never took the call) decides what is sent again.
     """
 
+    __slots__ = (
+        "_acked_pos", "_capacity", "_capacity_secs", "_frame_bytes", "_gone_end", "_gone_frames", "_gone_heard", "_hole",
+        "_hole_reason", "_kept", "_kept_bytes", "_sample_bytes", "_skipped", "_waiting", "_word_bytes", "acked", "audio_bytes",
+        "dropped_words", "forwarded", "next_number", "next_pos", "next_seq",
+    )  # fmt: skip
+
     def __init__(self, media_format: MediaFormat | None, frame_bytes: int, capacity_ms: int) -> None:
         self._sample_bytes = media_format.sample_bytes if media_format is not None else 1
         self._frame_bytes = frame_bytes

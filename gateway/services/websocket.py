@@ -76,6 +76,11 @@ class _Ended:
 class _Connection:
     """One socket, and what is known of it alone."""
 
+    __slots__ = (
+        "acknowledge", "at", "broken", "closing", "established", "expected", "framed", "level", "moved_at", "released",
+        "replay_number", "replay_seq", "replays", "socket",
+    )  # fmt: skip
+
     def __init__(self, socket: ServiceSocket, began: float) -> None:
         self.socket = socket
         self.framed = socket.selected == SUBPROTOCOL_FRAMED
@@ -111,6 +116,13 @@ class WebsocketLink:
     At the start of a call they are tried in order, over and over, until one takes it. A service that is lost in mid-call is
     dialled again, it alone, because it knows the conversation; once given up, `on_lost` decides about the next of the list.
     """
+
+    __slots__ = (
+        "_ack_timer", "_begun", "_connection", "_downward", "_failure", "_faults", "_full", "_idle", "_intake", "_intake_rate",
+        "_journal", "_left", "_legacy", "_line", "_loop", "_losses", "_more", "_name", "_numbers", "_on_lost", "_outages",
+        "_parting", "_patience", "_protocol", "_pumping", "_redial", "_role", "_round", "_service", "_shape", "_slow",
+        "_socket", "_stopped", "_tasks", "_took_at", "_untold_faults", "faults",
+    )  # fmt: skip
 
     def __init__(
         self,

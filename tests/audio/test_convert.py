@@ -194,7 +194,9 @@ def test_the_loudest_that_a_filter_can_be_driven_to_saturates(law: Encoding, rat
     source, target, floats = MediaFormat(S16, rate), MediaFormat(law, 8000), MediaFormat(F32, 8000)
     fir = resampler(rate, 8000)
     assert isinstance(fir, FirResampler)
-    signs = np.sign(np.concatenate([fir.workspace.taps[:, at] * sign for at in range(fir.workspace.taps.shape[1]) for sign in (1, -1)]))
+    signs = np.sign(
+        np.concatenate([fir.workspace.taps[:, at] * sign for at in range(fir.workspace.taps.shape[1]) for sign in (1, -1)])
+    )
     payload = np.where(signs > 0, 32767, -32768).astype(np.int16).tobytes()
     payload += bytes(-len(payload) % source.bytes_for(20))
     cuts = [*range(0, len(payload), size or source.bytes_for(20))]
