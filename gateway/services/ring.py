@@ -19,6 +19,9 @@ from gateway.services.framed import Flags
 MOST_WORD_BYTES = 256 * 1024
 """Characters of control texts that are kept; a transcript of ten seconds has a few hundred."""
 
+MOST_RUNS = 64
+"""Runs of frames that are remembered as sent, although they are no longer kept; of more, the oldest two count as one."""
+
 
 class Frame(Struct, gc=False):
     """Audio. `heard` is how many bytes of the carrier's audio it stands for."""
@@ -44,6 +47,14 @@ class Word(Struct):
         return len(self.message) if isinstance(self.message, str) else 0
 
 
+class _Run(Struct):
+    """Frames of following numbers, from `first` to before `end`."""
+
+    first: int
+    end: int
+    heard: int
+
+
 class Hole(NamedTuple):
     """Audio that was not sent and won't be, before the next frame; in bytes of the service's format."""
 
@@ -62,7 +73,7 @@ class Ring:
     """
 
     __slots__ = (
-        "_acked_pos", "_capacity", "_capacity_secs", "_frame_bytes", "_gone_end", "_gone_frames", "_gone_heard", "_hole",
+        "_acked_pos", "_capacity", "_capacity_secs", "_frame_bytes", "_gone", "_hole",
         "_hole_reason", "_kept", "_kept_bytes", "_sample_bytes", "_skipped", "_waiting", "_word_bytes", "acked", "audio_bytes",
         "dropped_words", "forwarded", "next_number", "next_pos", "next_seq",
     )  # fmt: skip
@@ -79,9 +90,7 @@ class Ring:
         self._hole_reason = GapReason.OVERFLOW
         self._skipped = False
         self._acked_pos = 0  # of the first sample that is not acknowledged
-        self._gone_frames = 0  # sent, not acknowledged, and no longer kept
-        self._gone_heard = 0
-        self._gone_end = 0  # the number after the last of those
+        self._gone: deque[_Run] = deque()  # sent, not acknowledged, and no longer kept
         self._word_bytes = 0
         self.acked = -1
         self.next_seq = 0
@@ -203,7 +212,7 @@ class Ring:
             pos = first.pos + len(first.payload) // self._sample_bytes
             while self._forget() is not first:
                 pass
-        self._forget_gone(self._gone_frames - self._gone_from(seq + 1))
+        self._gone_arrived(seq + 1)
         self.acked = seq
         self._acked_pos = max(self._acked_pos, pos)
         return True
@@ -212,7 +221,7 @@ class Ring:
         """Nothing that was sent will be needed again."""
         while self._kept:
             self._forget()
-        self._forget_gone(self._gone_frames)
+        self._gone.clear()
         self.acked = max(self.acked, self.next_waiting - 1)
         self._acked_pos = self._position(self.next_waiting)
 
@@ -230,7 +239,7 @@ class Ring:
         self._hole = 0
         if wanted is None:
             missing = (self.next_pos - self._acked_pos) * self._sample_bytes
-            self._lose_gone(self._gone_frames)
+            self._gone_lost()
             self._drop_frames()
         else:
             wanted = min(wanted, self.next_seq)
@@ -242,9 +251,8 @@ class Ring:
             self.acked = max(self.acked, wanted - 1)
             self._acked_pos = max(self._acked_pos, self._position(wanted))
             missing = max(0, oldest - wanted) * self._frame_bytes
-            lost = self._gone_from(wanted)
-            self._forget_gone(self._gone_frames - lost)
-            self._lose_gone(lost)
+            self._gone_arrived(wanted)
+            self._gone_lost()
         if missing:
             self._tell(missing, GapReason.RESUME)
         return missing
@@ -359,9 +367,15 @@ class Ring:
             if self._kept_bytes:
                 # The words around a frame that goes stay: they may not have arrived, and take no room of audio.
                 gone = self._forget_frame()
-                self._gone_frames += 1
-                self._gone_heard += gone.heard
-                self._gone_end = gone.seq + 1
+                if self._gone and self._gone[-1].end == gone.seq:
+                    self._gone[-1].end += 1
+                    self._gone[-1].heard += gone.heard
+                    continue
+                self._gone.append(_Run(gone.seq, gone.seq + 1, gone.heard))
+                if len(self._gone) > MOST_RUNS:
+                    oldest = self._gone.popleft()
+                    self._gone[0].first = oldest.first
+                    self._gone[0].heard += oldest.heard
                 continue
             # Audio is near the front: everything before it is a handful of words.
             at = next(i for i, each in enumerate(self._waiting) if isinstance(each, Frame))
@@ -373,23 +387,18 @@ class Ring:
                     self._hole_reason = GapReason.OVERFLOW
                 self._hole += len(frame.payload)
 
-    def _gone_from(self, seq: int) -> int:
-        """How many frames that were sent and are no longer kept have this number or a higher one."""
-        return min(self._gone_frames, max(0, self._gone_end - seq))
+    def _gone_arrived(self, before: int) -> None:
+        """Of what was sent and is no longer kept, the frames before this number have arrived."""
+        while self._gone and self._gone[0].first < before:
+            run = self._gone.popleft()
+            if before < run.end:
+                arrived = run.heard * (before - run.first) // (run.end - run.first)
+                self._gone.appendleft(_Run(before, run.end, run.heard - arrived))
 
-    def _forget_gone(self, frames: int) -> None:
-        """So many of the oldest frames that were sent and are no longer kept have arrived."""
-        if frames:
-            self._gone_heard -= self._gone_heard * frames // self._gone_frames
-            self._gone_frames -= frames
-
-    def _lose_gone(self, frames: int) -> None:
-        """So many of the latest frames that were sent and are no longer kept have not arrived."""
-        if frames:
-            lost = self._gone_heard * frames // self._gone_frames
-            self.forwarded -= lost
-            self._gone_heard -= lost
-            self._gone_frames -= frames
+    def _gone_lost(self) -> None:
+        """What was sent and is no longer kept has not arrived."""
+        self.forwarded -= sum(run.heard for run in self._gone)
+        self._gone.clear()
 
     def _forget_words(self) -> None:
         """Make room for a word: those that were sent already are the ones most likely to have arrived."""

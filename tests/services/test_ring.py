@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gateway.events import GapReason, Stop
 from gateway.media import MULAW_8K
 from gateway.services.framed import Flags
-from gateway.services.ring import MOST_WORD_BYTES, Entry, Frame, Hole, Ring, Word
+from gateway.services.ring import MOST_RUNS, MOST_WORD_BYTES, Entry, Frame, Hole, Ring, Word
 
 SIZE, HEARD = 160, 160
 CAPACITY_MS = 200  # ten frames
@@ -182,6 +182,7 @@ def test_words_are_bounded_and_those_of_a_text_stream_age() -> None:
         max_size=60,
     )
 )
+@example([("hear", 1), ("send", 1), ("hear", 11), ("send", 3), ("hear", 1)])
 @example([("say", 0), ("hear", 1), ("hear", 1), ("send", 2), ("hear", 9)])
 def test_nothing_is_lost_untold_and_nothing_comes_twice(steps: list[tuple[str, int]]) -> None:
     """A service in framed mode that remembers; `kill` loses the last so many messages that were on their way."""
@@ -246,3 +247,14 @@ def test_nothing_is_lost_untold_and_nothing_comes_twice(steps: list[tuple[str, i
     assert words == [str(n) for n in range(said)]
     assert subject.next_seq - 1 == (got[-1] if got else -1)
     assert len(got) * HEARD == subject.forwarded
+
+
+def test_what_is_remembered_of_a_service_that_never_acknowledges_is_bounded() -> None:
+    subject = ring()
+    for _ in range(1000):
+        hear(subject, 11)  # one too many
+        drained(subject, keep=True)
+    assert MOST_RUNS == len(subject._gone)
+    told = subject.forwarded
+    assert subject.resume(None) > 0
+    assert 0 == subject.forwarded < told
