@@ -27,6 +27,7 @@ from gateway import (
     config,
     display,
     doctor,
+    garbage,
     host,
     logs,
     replay,
@@ -528,7 +529,9 @@ async def _serve(settings: Settings, path: Path) -> int:
         meanwhile = [
             tasks.create_task(_reload_when(again, reload)),
             tasks.create_task(systemd.watch(lambda: _plural(len(server.streams), "live call"))),
+            tasks.create_task(garbage.tidy(lambda: len(server.streams))),
         ]
+        garbage.settle()
         systemd.ready()
         await stop.wait()
         stop.clear()

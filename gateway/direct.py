@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import ClientWebSocketResponse, WSMessage, WSMsgType, client, web, web_ws
 from aiohttp.http import WebSocketReader
 
+from gateway.errors import untrace
+
 IN_A_ROW = 8
 """Messages of one peer that are handled in one lap of the event loop."""
 
@@ -125,6 +127,14 @@ def hand_over(socket: web.WebSocketResponse | ClientWebSocketResponse, handler: 
         return False
     queue.handler, queue.socket = handler, socket if handler is not None else None
     return True
+
+
+def release(socket: web.WebSocketResponse | ClientWebSocketResponse) -> None:
+    """After its end: let go of cycles. The connection that it holds would call it back, and its error came out of it."""
+    connection = getattr(socket._reader, "_protocol", None)
+    if connection is not None and hasattr(connection, "_data_received_cb"):
+        connection._data_received_cb = None
+    untrace(socket.exception())
 
 
 def send(sending: Coroutine[Any, Any, None]) -> None:

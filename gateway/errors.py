@@ -15,6 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
+def untrace(error: BaseException | None) -> None:
+    """Drop where an error was raised, and what it was raised because of, once all has been said about it.
+
+    Tracebacks hold frames, and frames the error: a cycle, with all that the frames were about, until garbage is collected.
+    """
+    while error is not None:
+        cause, error.__traceback__, error.__cause__, error.__context__ = error.__context__, None, None, None
+        error = cause
+
+
 class GatewayError(Exception):
     """Root of everything this project raises on purpose."""
 

@@ -59,6 +59,7 @@ class Scribe:
         while (job := self.queue.get()) is not None:
             with suppress(Exception):  # jobs of a pen handle their own
                 job()
+            del job  # or the last call of the night would stay until the morning
 
 
 class Pen(Generic[Written]):

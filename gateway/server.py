@@ -23,7 +23,7 @@ from gateway.callcontrol import CallControl
 from gateway.clock import Clock
 from gateway.direct import CarrierSocket
 from gateway.door import Door, Refused, Remarks
-from gateway.errors import MalformedFrame
+from gateway.errors import MalformedFrame, untrace
 from gateway.events import StopReason
 from gateway.figures import Figures
 from gateway.journal import Journal, State
@@ -493,7 +493,10 @@ class Server:
         except BaseException:
             door.leave(admitted)
             raise
-        await stream.run()
+        try:
+            await stream.run()
+        finally:
+            stream.release()
         return socket
 
     def _admits(self, visitor: Visitor) -> bool:
@@ -593,3 +596,5 @@ class _HttpLog(logging.Logger):
             self._remarks.tell("bad_http", now, why=type(exc_info).__name__)
         else:
             self._remarks.tell("request_failed", now, log=self._structured.error, exc_info=exc_info)
+        if isinstance(exc_info, Exception):
+            untrace(exc_info)  # its frames hold the connection

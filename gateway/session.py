@@ -171,6 +171,10 @@ class Session:
         """The stream is over, by whichever side: tell what was lost, then stop. Only the first reason counts."""
         self._finish(Stop(reason), now)
 
+    def release(self) -> None:
+        """After the end: nothing is told any more, and whoever was told is not held by us."""
+        self._emit = self._note = _tell_nobody
+
     # --- from the service ---
 
     def perform(self, command: Command, now: float) -> None:
@@ -572,6 +576,10 @@ class Session:
             self._paused = False
             self._told.discard("playout_overflow")
             self._emit(Flow(FlowState.RESUME, playout.queued_ms))
+
+
+def _tell_nobody(*_: object) -> None:
+    pass
 
 
 def _ref(command: Command) -> str | int | None:

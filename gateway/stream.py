@@ -23,7 +23,7 @@ from gateway.callcontrol import CallControl
 from gateway.capture import Capture
 from gateway.clock import Clock
 from gateway.door import Door, Pass
-from gateway.errors import LocalError
+from gateway.errors import LocalError, untrace
 from gateway.events import (
     Audio,
     BargeIn,
@@ -209,6 +209,12 @@ class Stream:
             await self._socket.close(code=aiohttp.WSCloseCode.INTERNAL_ERROR)
         finally:
             self._depart()
+
+    def release(self) -> None:
+        """After `run`: hold nothing that holds us, or only the garbage collector would ever free what a call has had."""
+        self._links, self._listeners, self._serving = [], None, None
+        self.session.release()
+        direct.release(self._socket)
 
     def end(self, reason: StopReason) -> None:
         """End the stream from outside; the first reason counts."""
@@ -559,8 +565,12 @@ class Stream:
                 return
             except ServiceLost as lost:
                 self.log.error("service_lost", services=[name for name, _ in group], error=str(lost))
+                untrace(lost)
                 if lost.begun and route.on_lost == "hangup":
                     break
+            except asyncio.CancelledError as cancelled:
+                untrace(cancelled)  # a task remembers it
+                return
         self.end(StopReason.SERVICE_LOST)
 
     # --- gateway to carrier ---

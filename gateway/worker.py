@@ -18,7 +18,7 @@ from pathlib import Path
 
 import structlog
 
-from gateway import config, control, logs
+from gateway import config, control, garbage, logs
 from gateway.control import Beat, Drain, Failed, Fork, Hello, Idle, Leaving, Message, Ready, Reloaded, Retire, Stop, Take, Warm
 from gateway.errors import ConfigError
 from gateway.host import run
@@ -126,10 +126,15 @@ class Worker:
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             self._attend()
-            beating = tasks.create_task(self._beat())
+            meanwhile = [
+                tasks.create_task(self._beat()),
+                tasks.create_task(garbage.tidy(lambda: len(self._server.streams))),
+            ]
+            garbage.settle()
             self._tell(Ready())
             await self._over.wait()
-            beating.cancel()
+            for task in meanwhile:
+                task.cancel()
             if self._leaving is not None:
                 self._leaving.cancel()
         self._log.info("stopping", live_streams=len(self._server.streams))

@@ -13,8 +13,8 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import DefaultResolver
 
-from gateway.direct import Heartbeat, send
-from gateway.errors import RemoteError
+from gateway.direct import Heartbeat, release, send
+from gateway.errors import RemoteError, untrace
 from gateway.services.framed import SUBPROTOCOL_FRAMED
 from gateway.services.native import SUBPROTOCOL_RAW
 from gateway.services.retry import FAILURES_PER_SEC, FINAL_STATUSES, PROBE_SECS, Breaker, Limiter
@@ -86,6 +86,7 @@ class ServiceSocket(Heartbeat, aiohttp.ClientWebSocketResponse):
         """End the connection at once, without a word."""
         self.transport.abort()
         self._response.close()  # or the library complains that nobody has
+        release(self)
 
 
 class LastGoodResolver(AbstractResolver):
@@ -234,6 +235,7 @@ class Dialler:
         except Redirected as error:
             raise Unreachable(f"{url}: {error}", final=True) from None
         except (aiohttp.ClientError, OSError) as error:
+            untrace(error)
             raise Unreachable(f"can't connect to {url}: {error}") from None
         if not isinstance(socket, ServiceSocket):
             raise TypeError(type(socket))

@@ -16,7 +16,7 @@ from msgspec import UNSET
 from gateway import direct
 from gateway.audio import Converter
 from gateway.buckets import WAIT_SECS, Buckets
-from gateway.errors import MalformedFrame
+from gateway.errors import MalformedFrame, untrace
 from gateway.events import COMMAND_NAMES, Account, After, Audio, Checkpoint, Clear, Command, Stop
 from gateway.journal import Entry as JournalEntry
 from gateway.journal import Legacy
@@ -213,10 +213,14 @@ class WebsocketLink:
                 await self._serve()
                 if self._pumping is not None and not self._stopped:
                     self._pumping.cancel()  # else it is closing the connection
-        except* ServiceLost as lost:
-            raise lost.exceptions[0] from None
+        except ExceptionGroup as group:
+            if len(group.exceptions) == 1 and isinstance(group.exceptions[0], ServiceLost):
+                untrace(group)
+                raise group.exceptions[0] from None
+            raise
         finally:
             self._line.subscription.notify(None)
+            self._pumping = None
             if self._ack_timer is not None:
                 self._ack_timer.cancel()
             if self._socket is not None:
