@@ -515,6 +515,7 @@ async def _serve(settings: Settings, path: Path) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, again.set)
+    garbage.settle()  # most of what stays; nobody waits yet
     try:
         await server.start()
     except ConfigError as error:

@@ -30,7 +30,7 @@ RUSH = 1000
 
 
 def settle() -> None:
-    """Once everything is there that stays: look through it for the last time."""
+    """Once everything is there that stays: look through it for the last time. What has come since, when called again."""
     gc.collect()
     gc.freeze()
     if _by_generations():
