@@ -34,6 +34,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from gateway.tokens import Tokens
 from tests.benchmarks.door import PUBLIC, SECRET, TOKEN, gateway
 
+Samples = dict[str, npt.NDArray[np.float64]]
+"""Microseconds of each refusal, by class."""
+
 BAR = 4.5
 KEPT = 0.9
 MAC_CHARACTERS, SIGNATURE_CHARACTERS = 22, 27
@@ -70,7 +73,7 @@ def upgrade(tokens: Tokens, what: str, at: int) -> bytes:
     ).encode()
 
 
-def sample(port: int, samples: int) -> dict[str, npt.NDArray[np.float64]]:
+def sample(port: int, samples: int) -> Samples:
     """Microseconds of each refusal, by class. Raises AssertionError for an answer that is not the class's."""
     tokens, names = Tokens(SECRET), [*CLASSES]
     took: dict[str, list[float]] = {name: [] for name in names}
@@ -101,9 +104,20 @@ def compare(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> tup
     return welch(one, other), welch(one[one <= limit], other[other <= limit])
 
 
-def measure(samples: int) -> dict[str, Any]:
+def kept(path: Path, took: Samples) -> Samples:
+    """These samples and those that `path` holds, which holds them all from now on."""
+    if path.exists():
+        with np.load(path) as earlier:
+            took = {name: np.concatenate([earlier[str(number)], took[name]]) for number, name in enumerate(CLASSES)}
+    np.savez(path, **{str(number): took[name] for number, name in enumerate(CLASSES)})
+    return took
+
+
+def measure(samples: int, keep: Path | None) -> dict[str, Any]:
     with gateway() as (port, _):
         took = sample(port, samples)
+    if keep is not None:
+        took = kept(keep, took)
     rows = [{"class": name, "samples": len(us), "median_us": float(np.median(us)), "mean_us": float(us.mean())}
             for name, us in took.items()]  # fmt: skip
     names = [*CLASSES]
@@ -117,9 +131,10 @@ def measure(samples: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=20_000, help="in all")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="an .npz of earlier runs, which are added and kept")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    found = measure(options.samples)
+    found = measure(options.samples, options.keep)
     if options.json:
         print(json.dumps(found))
         return
