@@ -81,7 +81,7 @@ def judge(diary: Sequence[Entry], fingerprint: bytes, now: float, *, asks_for_st
     same = [number for number, entry in enumerate(diary) if entry.kind is Kind.ANSWERED and entry.fingerprint == fingerprint]
     if not same:
         return Verdict.FRESH
-    since = [entry.kind for entry in diary[same[-1] + 1 :]]
+    since = [entry.kind for entry in diary[same[-1] :]]
     if Kind.ENTERED not in since:
         return Verdict.RETRY if now - diary[same[-1]].at < RETRY_SECS else Verdict.REPLAY
     if nonce or over:

@@ -114,7 +114,7 @@ class Tokens:
         mac, body = token[:_MAC_CHARACTERS], token[_MAC_CHARACTERS:]
         if not hmac.compare_digest(self._mac(body), mac):
             raise TokenError("forged")
-        raw = urlsafe_b64decode(f"{body}{'=' * (-len(body) % 4)}")
+        raw = urlsafe_b64decode(f"{body}==")  # as many as are ever needed
         if not hmac.compare_digest(self._hash(provider), raw[4 : 4 + _HASH_BYTES]):
             raise TokenError("other_provider")
         expires = int.from_bytes(raw[:4])
@@ -145,7 +145,7 @@ class Tokens:
         """What was sealed for `provider` and has not expired. Raises TokenError; take its nonce to the ledger."""
         if _SEALED.fullmatch(sealed) is None or len(sealed) % 4 == 1:  # no bytes are written like that
             raise TokenError("malformed")
-        raw = urlsafe_b64decode(f"{sealed}{'=' * (-len(sealed) % 4)}")
+        raw = urlsafe_b64decode(f"{sealed}==")
         mac, body = raw[:_MAC_BYTES], raw[_MAC_BYTES:]
         # The last character of base64 may have bits to spare: one document has one spelling.
         if not hmac.compare_digest(hmac.digest(self._seal_key, body, hashlib.sha256)[:_MAC_BYTES], mac) or _text(raw) != sealed:

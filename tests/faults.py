@@ -514,6 +514,14 @@ def _killed(found: dict[str, Any]) -> str:
     )
 
 
+def _mutation(found: dict[str, Any]) -> str:
+    sums = {each: sum(module[each] for module in found.values()) for each in ("mutants", "killed", "harmless")}
+    return (
+        f"{len(found)} modules, {sums['mutants']:,} mutants: {sums['killed'] / sums['mutants']:.1%} killed, "
+        f"{sums['harmless']} harmless, {sum(len(module['survived']) for module in found.values())} not known to be"
+    )
+
+
 FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "fuzz-decode": _fuzz,
     "fuzz-session": _fuzz,
@@ -524,6 +532,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "overload": _overload,
     "rolling": _rolling,
     "killed-workers": _killed,
+    "mutation": _mutation,
 }
 
 
@@ -538,12 +547,32 @@ def written() -> str:
         parts += [f"### {title}", "", "| | fault | wanted | tests | figures, limits |", "|---|---|---|---|---|"]
         parts += [_line(row, tests, results) for row in rows]
         parts.append("")
+    parts += _mutants(results)
     parts += ["### Long forms", "", "| figures | command | date | machine | passed |", "|---|---|---|---|---|"]
     for name, result in results.items():
         parts.append(
             f"| {name} | `{result.command}` | {result.date} | {result.machine} | {'yes' if result.passed else '**no**'} |"
         )
     return "\n".join(parts) + "\n"
+
+
+def _mutants(results: dict[str, Result]) -> list[str]:
+    if (stored := results.get("mutation")) is None:
+        return []
+    parts = [
+        "### Mutants",
+        "",
+        "Small changes of a module that its tests must notice: [mutation.py](mutation.py). Those that survive are",
+    ]
+    parts += [
+        f"in [mutation.toml](mutation.toml), each with the reason why it is harmless. {FIGURES['mutation'](stored.figures)}.",
+        "",
+    ]
+    parts += ["| module | mutants | killed | harmless | not known to be |", "|---|---|---|---|---|"]
+    for name, each in stored.figures.items():
+        killed = f"{each['killed']} ({each['killed'] / each['mutants']:.1%})"
+        parts.append(f"| {name} | {each['mutants']} | {killed} | {each['harmless']} | {len(each['survived'])} |")
+    return [*parts, ""]
 
 
 def tests_of(row: Row, tests: dict[str, list[str]]) -> list[str]:

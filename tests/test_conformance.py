@@ -11,6 +11,7 @@ from xml.parsers import expat
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from msgspec import ValidationError, convert
 from rich.pretty import pretty_repr
 
 import providers
@@ -251,7 +252,7 @@ def with_headers(request: SignedRequest, headers: Any) -> SignedRequest:
 def test_only_open_accounts_let_anybody_in(kind: str) -> None:
     """Fails closed: with a token, an unsigned request is refused, and the refusal names what was tried."""
     for request in requests(kind):
-        provider_of(kind).authenticate(request)
+        assert provider_of(kind).authenticate(request) == ""
         assert provider_of(kind).sign(request) == {}
         for token in ("s3cret", ["s3cret", "older"]):
             with pytest.raises(SignatureMismatch) as refused:
@@ -439,6 +440,12 @@ def test_impossible_configurations_are_refused(kind: str, config: dict[str, Any]
         provider_of(kind, **config)
     fields = providers.load(kind).Config.__struct_fields__
     assert all(str(problem).split(":")[0] in fields for problem in refused.value.args)
+
+
+@every_provider
+def test_an_unknown_option_is_refused(kind: str) -> None:
+    with pytest.raises(ValidationError, match="unknown field `auth_tokn`"):
+        convert({"auth": "none", "auth_tokn": "t"}, providers.load(kind).Config)
 
 
 @every_provider

@@ -68,6 +68,8 @@ def test_what_a_carrier_says_after_a_call_it_may_say_again_at_once(what: str, ex
 @pytest.mark.parametrize("nonce", [True, False])
 def test_a_retry_comes_soon(age: float, expected: Verdict, asks_for_stream: bool, nonce: bool) -> None:
     assert expected is judge(diary("F"), F, T + age, asks_for_stream=asks_for_stream, nonce=nonce)
+    again = diary("FelF")  # the call came back: it is its last answer that was lost
+    assert expected is judge(again, F, again[-1].at + age, asks_for_stream=asks_for_stream, nonce=nonce)
 
 
 @given(st.text("FGelo", max_size=12), st.booleans(), st.booleans(), st.integers(0, 100))

@@ -26,7 +26,8 @@ def test_tests_that_are_named_exist() -> None:
 
 
 def test_figures_have_a_reader_and_a_row() -> None:
-    assert {name for row in faults.ROWS for name in row.results} == set(faults.FIGURES)
+    of_modules = {"mutation"}
+    assert {name for row in faults.ROWS for name in row.results} | of_modules == set(faults.FIGURES)
     assert set(load()) <= set(faults.FIGURES)
     for name, result in load().items():
         assert re.search(r"\d", faults.FIGURES[name](result.figures))

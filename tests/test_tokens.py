@@ -66,6 +66,20 @@ def test_whatever_is_minted_is_read(call_id: str, route: str, provider: str, non
     assert TOKENS.read(token, provider, now=NOW) == Ticket(provider, call_id, route, int(NOW) + LIFETIME_SECS, nonce)
 
 
+def test_whatever_it_ends_in_it_is_read_to_its_end() -> None:
+    for label in (f"{route}{last}" for route in ("", "r", "rr") for last in map(chr, range(32, 127))):
+        assert label == TOKENS.read(mint(route=label), "twilio", now=NOW).route
+
+
+def test_a_secret_and_a_name_may_be_no_unicode() -> None:
+    """The environment has bytes: what is no UTF-8 comes as surrogates."""
+    tokens, name = Tokens("caf\udce9"), "\udce9"
+    token = tokens.mint(name, "CA1", "r", now=NOW, nonce=NONCE)
+    assert name == tokens.read(token, name, now=NOW).provider
+    assert "forged" == refusal(token, name, tokens=Tokens("caf\udce8"))
+    assert "other_provider" == refusal(token, "\udce8", tokens=tokens)
+
+
 def test_it_lives_for_a_minute_and_some_leeway() -> None:
     last = int(NOW) + LIFETIME_SECS + LEEWAY_SECS
 

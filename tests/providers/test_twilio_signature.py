@@ -16,7 +16,7 @@ import pytest
 from twilio.request_validator import RequestValidator, get_signature_algorithm
 
 from gateway.errors import SignatureMismatch
-from gateway.provider import SignedRequest
+from gateway.provider import Identity, SignedRequest
 from providers import _signature
 from providers.twilio_conversation_relay import Provider as Relay
 from providers.twilio_conversation_relay import Settings as RelaySettings
@@ -138,6 +138,7 @@ def test_a_form_of_more_than_1000_fields_is_nobodys() -> None:
     for size, fits in ((1000, True), (1001, False)):
         fields = {f"k{index}": "v" for index in range(size)}
         assert accepted(form(MYAPP, by_library(MYAPP, fields), fields)) is fits
+    assert "covers no body" in str(refused(form(MYAPP, by_library(MYAPP), fields)))
 
 
 def test_a_get_is_signed_by_its_url_alone() -> None:
@@ -157,7 +158,10 @@ def test_a_body_that_is_no_form_needs_its_hash() -> None:
         assert accepted(request("POST", told, by_library(told), headers, body))
         assert not accepted(request("POST", told, by_library(told), headers, body + b" "))
         assert not accepted(request("POST", told, by_library(told), headers))
-        assert "bodySHA256" in str(refused(request("POST", MYAPP, by_library(MYAPP), headers, body)))
+        assert accepted(request("POST", f"{told}#top", by_library(told), headers, body))
+        assert str(refused(request("POST", MYAPP, by_library(MYAPP), headers, body))) == (
+            "the signature is right, but covers no body: a body that is no form needs bodySHA256 in the query, and a GET has none"
+        )
         upper = f"{MYAPP}&bodySHA256={hashlib.sha256(body).hexdigest().upper()}"
         assert not accepted(request("POST", upper, by_library(upper), headers, body))
     assert not accepted(request("POST", told, by_library(told), FORM, body))
@@ -251,11 +255,24 @@ def test_a_refusal_names_the_forms_and_no_secret() -> None:
         ({}, {"auth_token": None, "signing_key": "k"}, "signed with an auth token, and none is configured"),
         (SHA256, {}, "signed with a signing key, and none is configured"),
         (SHA256, {"signing_key": "k"}, "no signing key gives this signature"),
-        ({"x-twilio-webhooks-signature-settings": "algorithm=NONE"}, {"signing_key": "k"}, "neither HMAC_SHA1 nor HMAC_SHA256"),
+        (
+            {"x-twilio-webhooks-signature-settings": "algorithm=NONE"},
+            {"signing_key": "k"},
+            "signed by an algorithm that is neither HMAC_SHA1 nor HMAC_SHA256",
+        ),
     ],
 )
 def test_a_refusal_says_what_is_wrong(headers: dict[str, str], secrets: dict[str, str], why: str) -> None:
-    assert why in str(refused(request("GET", STREAM, "x" * 28, UPGRADE | headers), **secrets))
+    assert why == str(refused(request("GET", STREAM, "x" * 28, UPGRADE | headers), **secrets))
+    assert "there is no x-twilio-signature header" == str(refused(SignedRequest("GET", STREAM, UPGRADE)))
+
+
+def test_the_form_that_was_signed_is_told_and_the_signature_is_the_requests_identity() -> None:
+    provider = Provider(Settings(auth_token=TOKEN))
+    signature = by_library("wss://voice.example.com:443/twilio/stream/k3")
+    signed = request("GET", STREAM, signature, UPGRADE)
+    assert "wss://voice.example.com:443/twilio/stream/k3" == provider.authenticate(signed)
+    assert Identity(signature, nonce=False) == provider.identity(signed)
 
 
 # --- which secret ------------------------------------------------------------------------------------------------------------
@@ -490,7 +507,7 @@ def test_the_double_of_the_tests_signs_the_same() -> None:
 
 def test_our_own_signing_is_the_librarys() -> None:
     """What the simulator sends: https without port, http with it, an upgrade as wss."""
-    provider, keyed = Provider(Settings(auth_token=[TOKEN, "older"])), Provider(Settings(signing_key="k"))
+    provider, keyed = Provider(Settings(auth_token=[TOKEN, "older"])), Provider(Settings(signing_key=["k", "older"]))
     body = urlencode(CALL).encode()
     for url, signed in (
         (MYAPP, MYAPP),
@@ -503,5 +520,6 @@ def test_our_own_signing_is_the_librarys() -> None:
         assert keyed.sign(unsigned) == strong | {"x-twilio-webhooks-signature-settings": "algorithm=HMAC_SHA256"}
     upgrade = SignedRequest("GET", "http://127.0.0.1:8080/s", UPGRADE)
     assert provider.sign(upgrade) == {"x-twilio-signature": by_library("wss://127.0.0.1:8080/s")}
+    assert provider.sign(SignedRequest("GET", "no-url")) == {"x-twilio-signature": by_library("no-url")}
     told = f"{MYAPP}&bodySHA256={hashlib.sha256(b'[]').hexdigest()}"
     assert provider.sign(SignedRequest("POST", told, JSON, b"[]")) == {"x-twilio-signature": by_library(told)}

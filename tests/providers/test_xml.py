@@ -346,6 +346,8 @@ def test_twilio_loses_the_query_of_a_stream_url() -> None:
     dial = providers.load("twilio_media_streams").dial(answer("twilio_media_streams"))
     assert (dial.url, dial.tracks, dial.bidirectional) == ("wss://voice.example.com/p/stream/k3", ("inbound",), True)
     assert dial.parameters == FACTS
+    for url in ("wss://h/s#top", "wss://h/s?a=1#top", "wss://h/s"):
+        assert providers.load("twilio_media_streams").dial(wrap("Connect", f'<Stream url="{url}"/>')).url == "wss://h/s"
 
 
 @pytest.mark.parametrize("kind", ["twilio_conversation_relay", "plivo_audio_streaming"])
@@ -355,8 +357,9 @@ def test_others_keep_it(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["twilio_media_streams", "plivo_audio_streaming"])
 def test_listening_is_read_as_such(kind: str) -> None:
-    dial = providers.load(kind).dial(answer(kind, mode="listen", track="both", then="<Hangup/>"))
-    assert (dial.tracks, dial.bidirectional) == (("inbound", "outbound"), False)
+    for track, tracks in (("inbound", ("inbound",)), ("outbound", ("outbound",)), ("both", ("inbound", "outbound"))):
+        dial = providers.load(kind).dial(answer(kind, mode="listen", track=track, then="<Hangup/>"))
+        assert (dial.tracks, dial.bidirectional) == (tracks, False)
 
 
 def wrap(verb: str, stream: str) -> str:
