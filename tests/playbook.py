@@ -72,11 +72,17 @@ class Stage:
         self.events: list[Event] = []
         self.commands: list[Command] = []
         self.notes: list[str] = []
-        self.session = Session(self.codec, emit=self.emitted, note=lambda what, _: self.notes.append(what), **options)  # type: ignore[arg-type]
+        self.details: list[dict[str, object]] = []
+        self.session = Session(self.codec, emit=self.emitted, note=self.noted, **options)  # type: ignore[arg-type]
 
     def emitted(self, event: Event) -> None:
         """The session tells its service something."""
         self.events.append(event)
+
+    def noted(self, what: str, details: dict[str, object]) -> None:
+        """The session remarks on something."""
+        self.notes.append(what)
+        self.details.append(details)
 
     def start(self) -> None:
         media_format = None if self.text else self.media_format

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 import providers
-from tests.playbook import AUDIO_KINDS, Stage, check
+from gateway.events import Account, Audio, Checkpoint, Clear, Dtmf, Fault, Flow, FlowState, Say, Start, Stop, StopReason, Unknown
+from gateway.media import MULAW_8K
+from tests.playbook import AUDIO_KINDS, L16_16K, Stage, check
 
 pytestmark = pytest.mark.parametrize("kind", AUDIO_KINDS)
 
@@ -485,3 +487,175 @@ def test_a_carrier_that_confirms_nothing_is_remarked_on_once(kind: str) -> None:
         """,
     )
     assert ["checkpoint_unconfirmed"] == stage.notes
+
+
+def test_fifty_bad_frames_in_ten_seconds_are_borne_and_one_more_is_not(kind: str) -> None:
+    stage = Stage(kind)
+    stage.start()
+    for borne in (50, 50):
+        for _ in range(borne):
+            stage.session.receive("{", stage.now)
+        assert not stage.session.over
+        stage.now += 10.001
+    for _ in range(50):
+        stage.session.receive("{", stage.now)
+    stage.now += 10.0
+    stage.session.receive("{", stage.now)
+    assert (True, 1008) == (stage.session.over, stage.session.close_code)
+    assert ["bad_frame", "too_many_bad_frames"] == stage.notes
+    assert {"frames": 51, "within_secs": 10.0} == stage.details[-1]
+    assert StopReason.PROTOCOL_ERROR is _stop(stage).reason
+
+
+def test_a_start_of_another_stream_ends_this_one(kind: str) -> None:
+    stage = Stage(kind)
+    stage.start()
+    for frame in providers.load(kind).carrier().encode(Start("MZ" + "9" * 32, "CA" + "1" * 32, media_format=MULAW_8K)):
+        stage.session.receive(frame, stage.now)
+    assert (1008, StopReason.PROTOCOL_ERROR) == (stage.session.close_code, _stop(stage).reason)
+    assert {"kind": "second_start"} == {"kind": stage.details[-1]["kind"]}
+
+
+def test_twenty_kinds_of_frames_are_remarked_on_and_the_rest_is_counted_together(kind: str) -> None:
+    stage = Stage(kind)
+    stage.start()
+    for n in range(25):
+        stage.session.receive(f'{{"event": "new{n}"}}', stage.now)
+    stage.session.receive('{"event": "new0"}', stage.now)
+    assert {"new0": 2} | {f"new{n}": 1 for n in range(1, 20)} | {"other": 5} == stage.session.unknown
+    assert ["unknown_frame"] * 21 == stage.notes
+    assert [{"kind": "new0", "detail": ""}, {"kind": "other", "detail": ""}] == [stage.details[0], stage.details[-1]]
+    assert 26 == sum(isinstance(event, Unknown) for event in stage.events)
+
+
+def test_a_remark_is_short(kind: str) -> None:
+    stage = Stage(kind)
+    stage.start()
+    stage.session.receive('{"event": "dtmf", "dtmf": {"digit": "' + "?" * 1000 + '"}}', stage.now)
+    assert "bad_digit" == stage.details[0]["kind"]
+    assert len(str(stage.details[0]["detail"])) <= 200
+
+
+def test_before_the_start_nothing_but_audio_is_kept(kind: str) -> None:
+    stage = Stage(kind)
+    stage.session.receive('{"event": "surprise"}', stage.now)
+    stage.session.receive('{"event": "dtmf", "dtmf": {"digit": "1"}}', stage.now)
+    stage.session.receive("{", stage.now)
+    assert [] == stage.events
+    assert {"before_start": 1, "invalid_json": 1} == stage.session.bad
+    assert {"surprise": 1} == stage.session.unknown
+    stage.perform(Checkpoint("a", ref=1))
+    stage.perform(Clear(ref=2))
+    stage.perform(Audio(b"\x55" * 160))
+    faults = [event for event in stage.events if isinstance(event, Fault)]
+    assert faults == stage.events
+    assert stage.session.next_frame(stage.now) is None
+    assert (0, ()) == stage.session.pending(stage.now)
+    stage.session.end(StopReason.CARRIER_CLOSED, stage.now)
+    assert (True, faults) == (stage.session.over, stage.events), "nobody was told of a start"
+    assert Stop(StopReason.CARRIER_CLOSED, account=Account()) == stage.session.stop
+
+
+def test_frames_and_what_is_on_its_way_are_counted(kind: str) -> None:
+    stage = Stage(kind)
+    stage.start()
+    begun = stage.session.frames_in
+    stage.tell(_caller(stage, 0))
+    stage.tell(_caller(stage, 20))
+    stage.perform(Audio(b"\x55" * 8 * 500))
+    stage.perform(Checkpoint("a"))
+    stage.perform(Checkpoint("b"))
+    assert (begun + 2, 4) == (stage.session.frames_in, stage.session.frames_out)
+    assert (500, ("a", "b")) == stage.session.pending(stage.now)
+    stage.wait(100)
+    assert (400, ("a", "b")) == stage.session.pending(stage.now)
+    assert Account(received=40, queued=500, played=100, lost=400) == stage.session.account(stage.now)
+    assert (1000, False, 0) == (stage.session.close_code, stage.session.farewell, stage.session.waiting)
+    stage.session.end(StopReason.CARRIER_CLOSED, stage.now)
+    stage.tell(_caller(stage, 40))
+    assert (begun + 3, 320) == (stage.session.frames_in, stage.session.received_bytes)
+    assert (None, None) == (stage.session.next_due(), stage.session.next_frame(stage.now))
+
+
+def test_faults_are_told_and_counted_until_the_stream_is_over(kind: str) -> None:
+    stage = Stage(kind)
+    stage.start()
+    stage.session.fault("stopping", "why", "r")
+    stage.perform(Say("hello"))
+    assert Fault("stopping", "why", "r") == stage.events[1]
+    assert {"stopping": 1, "unsupported_command": 1} == stage.session.faults
+    stage.session.end(StopReason.CARRIER_CLOSED, stage.now)
+    stage.session.fault("stopping", "why")
+    stage.perform(Say("hello"))
+    assert 2 == stage.session.faults.total()
+    assert isinstance(stage.events[-1], Stop)
+
+
+def test_what_is_not_accepted_is_refused_in_a_sentence(kind: str) -> None:
+    stage = Stage(kind)
+    stage.start()
+    stage.perform(Say("hello"))
+    accepts = "audio, checkpoint, clear, dtmf, stop" if Dtmf in stage.codec.accepts else "audio, checkpoint, clear, stop"
+    assert Fault("unsupported_command", f"this stream can't carry out 'say'; it accepts: {accepts}") == stage.events[-1]
+
+
+def test_a_full_queue_is_told_again_once_it_has_drained(kind: str) -> None:
+    stage = Stage(kind, capacity_ms=1000)
+    stage.start()
+    for _ in range(2):
+        stage.perform(Audio(b"\x55" * 8 * 400))
+        for _ in range(3):
+            stage.perform(Audio(b"\x55" * 8 * 1000))
+        stage.wait(3000)
+    message = "the playout queue holds 1000 ms and is full: the newest audio was refused"
+    once = [Fault("playout_overflow", message), Flow(FlowState.PAUSE, 1000), Flow(FlowState.RESUME, 220)]
+    assert once * 2 == [event for event in stage.events if isinstance(event, Fault | Flow)]
+
+
+def test_a_clear_lets_a_service_go_on_at_once(kind: str) -> None:
+    stage = Stage(kind, capacity_ms=1000)
+    stage.start()
+    stage.perform(Audio(b"\x55" * 8 * 900))
+    stage.perform(Clear())
+    assert [FlowState.PAUSE, FlowState.RESUME] == [event.state for event in stage.events if isinstance(event, Flow)]
+
+
+def test_5000_checkpoints_may_be_pending(kind: str) -> None:
+    stage = Stage(kind)
+    stage.start()
+    for n in range(5001):
+        stage.session.perform(Checkpoint("a", ref=n), stage.now)
+    assert Fault("too_many_checkpoints", "5000 checkpoints are pending already", 5000) == stage.events[-1]
+    assert 2 == len(stage.events)
+
+
+def test_half_samples_are_put_together_and_half_samples_of_a_service_are_refused(kind: str) -> None:
+    if kind != "plivo_audio_streaming":
+        return
+    stage = Stage(kind, media_format=L16_16K)
+    stage.start()
+    sent = bytes(range(100))
+    for begin, end in ((0, 31), (31, 32), (32, 33), (33, 60), (60, 100)):
+        stage.tell(Audio(sent[begin:end]))
+    heard = [event.payload for event in stage.events if isinstance(event, Audio)]
+    assert sent == b"".join(heard)
+    assert [30, 2, 28, 40] == [len(payload) for payload in heard]
+    assert 100 == stage.session.received_bytes
+    for _ in range(2):
+        stage.perform(Audio(b"abc"))
+    assert [Fault("malformed_audio", "3 bytes are no whole number of samples")] == stage.events[-1:]
+    assert 1 == sum(isinstance(event, Fault) for event in stage.events)
+
+
+def test_a_stop_hands_over_what_the_service_said(kind: str) -> None:
+    stage = Stage(kind)
+    stage.start()
+    stage.perform(Stop(handoff='{"to": "sales"}'))
+    assert Stop(StopReason.SERVICE_STOP, '{"to": "sales"}', account=Account()) == stage.events[-1]
+    assert not stage.session.farewell
+
+
+def _stop(stage: Stage) -> Stop:
+    stop = stage.events[-1]
+    assert isinstance(stop, Stop)
+    return stop
