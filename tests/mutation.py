@@ -26,6 +26,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import ceil
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -77,7 +78,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     "providers._signature": SIGNATURES,
     "providers._twilio_signature": SIGNATURES[1:2],
     "providers.plivo_audio_streaming": _codec("plivo_audio_streaming", "tests/providers/test_plivo.py"),
-    "providers.twilio_conversation_relay": _codec("twilio_conversation_relay", "tests/test_recital.py"),
+    "providers.twilio_conversation_relay": _codec(
+        "twilio_conversation_relay", "tests/providers/test_twilio_conversation_relay.py"
+    ),
     "providers.twilio_media_streams": _codec("twilio_media_streams", "tests/providers/test_twilio_media_streams.py"),
 }
 """Quick ones that belong to a module, in the order in which they kill; each run of pytest's own words."""
@@ -324,6 +327,7 @@ class Run(NamedTuple):
 
 def run(name: str, code: str, tests: Sequence[str], cpu_secs: float) -> Run:
     """What becomes of `code` in the place of the module when its tests run."""
+    directory = mkdtemp(prefix="mutant-")  # pytest's own numbered ones are swept by runs beside this one
     child = os.fork()
     if not child:
         try:
@@ -341,22 +345,26 @@ def run(name: str, code: str, tests: Sequence[str], cpu_secs: float) -> Run:
             hypothesis.settings.register_profile("mutation", database=None, derandomize=True, deadline=None)
             quiet = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # plugins are loaded already
             options = ["-q", "-x", *quiet, "-p", "no:cacheprovider", "--hypothesis-profile", "mutation"]
+            options += ["--basetemp", f"{directory}/of-pytest"]
             for each in tests:
                 if pytest.main([*options, *shlex.split(each)]):
                     os._exit(1)
             os._exit(0)
         finally:
             os._exit(1)
-    deadline = time.monotonic() + MOST_SECS
-    while time.monotonic() < deadline:
-        ended, status, used = os.wait4(child, os.WNOHANG)
-        if ended:
-            looped = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
-            return Run("looped" if looped else "killed" if status else "survived", used.ru_utime + used.ru_stime)
-        time.sleep(0.005)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return Run("stuck", 0)
+    try:
+        deadline = time.monotonic() + MOST_SECS
+        while time.monotonic() < deadline:
+            ended, status, used = os.wait4(child, os.WNOHANG)
+            if ended:
+                looped = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
+                return Run("looped" if looped else "killed" if status else "survived", used.ru_utime + used.ru_stime)
+            time.sleep(0.005)
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return Run("stuck", 0)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def judge(name: str, tests: Sequence[str], part: slice, only: Sequence[str] | None = None) -> list[tuple[int, str, str]]:

@@ -236,6 +236,108 @@ def test_a_checkpoint_behind_audio_that_was_heard_whole_is_played_although_a_cle
     assert (True, [Checkpoint("a", PLAYED, 20), Clear(0, 0)]) == line.playout.clear(line.now)
 
 
+def test_figures_at_any_time() -> None:
+    line = Line()
+    line.push(1000)
+    playout = line.playout
+    playout.checkpoint("a")
+    assert (760, 240.0, ("a",)) == (playout.queued_ms, round(playout.ahead_ms(100.0), 6), playout.pending)
+    assert (800, 0) == (playout.position(100.1), playout.position(100.0))
+    assert (8000, 800, 0, 7200) == playout.totals(100.1)
+    line.run(101.5)
+    assert (0, 0.0, ("a",), False) == (playout.queued_ms, playout.ahead_ms(101.5), playout.pending, playout.idle(101.5))
+    assert [Checkpoint("a", PLAYED, 1000)] == playout.confirm("g0.1", 101.5)
+    assert ((), True, 8000) == (playout.pending, playout.idle(101.5), playout.position(101.5))
+    assert (8000, 8000, 0, 0) == playout.totals(101.5)
+    assert playout.next_due() is None
+    playout.push(b"\x55" * 800, 102.0)
+    playout.clear(102.0)
+    assert (8800, 8000, 800, 0) == playout.totals(102.0)
+    assert playout.idle(102.0)
+
+
+def test_a_sample_counts_once_it_was_heard_whole() -> None:
+    line = Line(L16_16K)
+    line.push(20)
+    for at, heard in ((100.0, 0), (100.00006, 0), (100.0000625, 2), (100.01, 320), (100.0199, 636), (100.02, 640), (101.0, 640)):
+        assert heard == line.playout.position(at), at
+
+
+def test_the_last_words_are_confirmed_within_a_second_or_taken_as_played() -> None:
+    line = Line()
+    line.push(100)
+    line.playout.end()
+    line.playout.end()
+    line.pump()
+    assert ["g0.1"] == [mark.wire for mark in line.playout.awaited]
+    assert 101.1 == pytest.approx(line.playout.next_due())
+    assert [] == line.playout.overdue(101.09)
+    assert not line.playout.idle(101.09)
+    assert [] == line.playout.overdue(101.11), "no service has asked"
+    assert (True, 0) == (line.playout.idle(101.11), line.playout.unconfirmed)
+
+
+def test_an_end_behind_a_checkpoint_asks_for_no_other() -> None:
+    line = Line()
+    line.push(100)
+    line.playout.checkpoint("a")
+    line.playout.end()
+    line.pump()
+    assert [Checkpoint("a", PLAYED, 100)] == line.playout.confirm("g0.1", 100.1)
+    assert not line.playout.awaited
+    empty = Line()
+    empty.playout.end()
+    empty.pump()
+    assert (0, True, None) == (len(empty.playout.awaited), empty.playout.idle(100.0), empty.playout.next_due())
+
+
+def test_a_residue_that_ends_a_stream_does_not_wait_for_company() -> None:
+    line = Line()
+    line.push(7)
+    line.playout.end()
+    line.pump()
+    assert [7] == line.sizes
+
+
+@pytest.mark.parametrize(("late", "counted"), [(0.04, 0.04), (1.0, 0.25), (-0.5, 0.0)])
+def test_what_was_on_its_way_to_the_ear_at_a_hang_up_was_not_heard(late: float, counted: float) -> None:
+    """Echoes tell how long the way to the ear and back is, as far as they can be believed."""
+    line = Line()
+    line.push(100)
+    line.playout.checkpoint("a")
+    line.pump()
+    line.playout.confirm("g0.1", 100.1 + late)
+    line.now = 102.0
+    line.push(1000)
+    line.run(102.5)
+    line.playout.checkpoint("b")
+    heard = 500 - round(counted * 1000)
+    assert [Checkpoint("b", LOST, heard)] == line.playout.finish(102.5, hung_up=True)
+    assert (8800, 800 + 8 * heard, 0, 8 * (1000 - heard)) == line.playout.totals(103.0)
+    assert line.playout.idle(103.0)
+
+
+def test_a_stream_that_we_end_was_heard_up_to_now() -> None:
+    line = Line()
+    line.push(1000)
+    line.run(100.5)
+    for name in ("a", "b"):
+        line.playout.checkpoint(name)
+    assert [Checkpoint("a", LOST, 500), Checkpoint("b", LOST, 0)] == line.playout.finish(100.5)
+
+
+def test_echoes_that_nobody_waits_for_are_counted() -> None:
+    line = Line()
+    line.push(20)
+    line.playout.checkpoint("a")
+    line.pump()
+    assert [] == line.playout.confirm("g0.2", 100.02) == line.playout.confirm("a", 100.02)
+    assert 2 == line.playout.stale_echoes
+    assert [Checkpoint("a", PLAYED, 20)] == line.playout.overdue(105.02)
+    assert [] == line.playout.confirm("g0.1", 106.0)
+    assert (3, 1) == (line.playout.stale_echoes, line.playout.unconfirmed)
+
+
 # --- the faults of playback, by their ids ------------------------------------------------------------------------------
 
 

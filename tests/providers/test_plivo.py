@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.errors import MalformedFrame
-from gateway.events import Audio, Start
-from gateway.media import Encoding, MediaFormat
-from gateway.provider import SignedRequest
+from gateway.errors import MalformedFrame, UnsupportedCommand
+from gateway.events import Audio, Dtmf, Fault, Start, Stop
+from gateway.media import MULAW_8K, Encoding, MediaFormat, Track
+from gateway.provider import Limits, SignedRequest
 from providers import _plivo
 from providers.plivo_audio_streaming import Carrier, Provider, Settings
 
@@ -114,3 +114,144 @@ def test_chunks_are_counted_per_track_and_time_goes_on_by_itself() -> None:
     assert [frame["media"]["chunk"] for frame in told] == [1, 2, 3]
     assert [frame["media"]["timestamp"] for frame in told] == ["0", "20", "40"]
     assert {frame["extra_headers"] for frame in told} == {"a=b"}
+
+
+def test_a_call_sounds_200_ms_ahead_in_frames_of_20_to_60_ms() -> None:
+    assert Provider(Settings(auth="none")).codec().limits == Limits(200, 40_000, 20, 60)
+    assert Provider(Settings(auth="none", lead_ms=40_000)).codec().limits == Limits(40_000, 40_000, 20, 60)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ({"noise_cancellation": True, "noise_cancellation_level": 60}, {"noise_cancellation_level": 60}),
+        (
+            {"noise_cancellation": True, "noise_cancellation_level": 100},
+            {"noise_cancellation": True, "noise_cancellation_level": 101},
+        ),
+        ({"noise_cancellation": True}, {"noise_cancellation": True, "noise_cancellation_level": 59}),
+        ({"stream_timeout_secs": 1}, {"stream_timeout_secs": 0}),
+    ],
+)
+def test_numbers_are_as_large_as_plivo_takes(right: dict[str, Any], wrong: dict[str, Any]) -> None:
+    Settings(auth="none", **right)
+    with pytest.raises(ValueError, match="is out of range"):
+        Settings(auth="none", **wrong)
+
+
+def opened(form: MediaFormat = MULAW_8K) -> Carrier:
+    carrier = Carrier()
+    list(carrier.encode(Start("S1", "C1", media_format=form)))
+    return carrier
+
+
+PLAY = {"event": "playAudio", "media": {"contentType": "audio/x-mulaw", "sampleRate": 8000, "payload": "/w=="}}
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        PLAY,
+        {"event": "checkpoint", "streamId": "S1", "name": "a"},
+        {"event": "clearAudio", "streamId": "S1"},
+        {"event": "sendDTMF", "dtmf": "1"},
+    ],
+)
+def test_a_member_too_many_is_an_incorrect_payload(frame: dict[str, Any]) -> None:
+    carrier = opened()
+    assert len(list(carrier.decode(json.dumps(frame)))) == 1
+    with pytest.raises(MalformedFrame, match=r"^incorrectPayload: ") as refused:
+        carrier.decode(json.dumps(frame | {"id": "1"}))
+    assert refused.value.reason == "incorrectPayload"
+
+
+@pytest.mark.parametrize(
+    ("frame", "why"),
+    [
+        (PLAY | {"media": PLAY["media"] | {"extra": 1}}, "unknown field"),  # type: ignore[operator]
+        (PLAY | {"media": PLAY["media"] | {"sampleRate": 16000}}, "'audio/x-mulaw' at 16000 on a stream of mulaw/8000"),  # type: ignore[operator]
+        (PLAY | {"media": PLAY["media"] | {"contentType": "audio/x-l16"}}, "'audio/x-l16' at 8000 on a stream of mulaw"),  # type: ignore[operator]
+        (PLAY | {"media": PLAY["media"] | {"payload": ""}}, "0 bytes are no whole number"),  # type: ignore[operator]
+        (PLAY | {"streamId": "S2"}, "streamId 'S2' is not this stream's"),
+        ({"event": "checkpoint", "streamId": "S2", "name": "a"}, "streamId 'S2' is not this stream's"),
+        ({"event": "sendDTMF", "dtmf": ""}, "digits ''"),
+        ({"event": "sendDTMF", "dtmf": "w"}, "digits 'w'"),
+        ({"event": "hello"}, "unknown event 'hello'"),
+    ],
+)
+def test_what_plivo_would_not_take(frame: dict[str, Any], why: str) -> None:
+    with pytest.raises(MalformedFrame, match=f"^incorrectPayload: .*{why}"):
+        opened().decode(json.dumps(frame))
+
+
+def test_a_message_has_at_most_64_kb_and_comes_after_the_start() -> None:
+    carrier, frame = opened(), json.dumps(PLAY | {"streamId": "S1"})
+    assert len(list(carrier.decode(frame + " " * (65_536 - len(frame))))) == 1
+    with pytest.raises(MalformedFrame, match="a message of 65537 bytes, more than 64 KB"):
+        carrier.decode(frame + " " * (65_537 - len(frame)))
+    with pytest.raises(MalformedFrame, match="a frame before the start"):
+        Carrier().decode(frame)
+
+
+def test_half_samples_are_nobodys() -> None:
+    form = MediaFormat(Encoding.PCM_S16LE, 16000)
+    codec = Provider(Settings(auth="none", media_format=form)).codec()
+    [_] = codec.decode('{"event":"start","start":{"callId":"C1","streamId":"S1"}}')
+    with pytest.raises(UnsupportedCommand, match="3 bytes are no whole number of pcm_s16le/16000 samples"):
+        codec.encode(Audio(b"abc"))
+    odd = PLAY | {"media": {"contentType": "audio/x-l16", "sampleRate": 16000, "payload": "YWJj"}}
+    with pytest.raises(MalformedFrame, match="3 bytes are no whole number of pcm_s16le/16000 samples"):
+        opened(form).decode(json.dumps(odd))
+
+
+@pytest.mark.parametrize("mode", [{}, {"mode": "listen", "then": "<Hangup/>"}])
+def test_any_stream_is_ended_by_closing_its_socket(mode: dict[str, str]) -> None:
+    """Also one that has not started, and one that takes nothing."""
+    assert list(Provider(Settings(auth="none", **mode)).codec().encode(Stop())) == []  # type: ignore[arg-type]
+
+
+def test_digits_are_those_of_a_telephone() -> None:
+    codec = Provider(Settings(auth="none")).codec()
+    [_] = codec.decode('{"event":"start","start":{"callId":"C1","streamId":"S1"}}')
+    for digits, shown in (("", "''"), ("1w", "'1w'"), ("w" * 80, "'" + "w" * 63 + "…'")):
+        with pytest.raises(UnsupportedCommand, match=f"Plivo sends the digits 0-9 A-D . #, not {shown}$"):
+            codec.encode(Dtmf(digits))
+    assert list(codec.encode(Dtmf("0AD*#"))) == ['{"event":"sendDTMF","dtmf":"0AD*#"}']
+
+
+def test_a_start_that_says_little_has_what_is_configured() -> None:
+    form = MediaFormat(Encoding.PCM_S16LE, 8000)
+    codec = Provider(Settings(auth="none", media_format=form)).codec()
+    [start] = codec.decode('{"event":"start","start":{"callId":"C1","streamId":"S1"}}')
+    assert isinstance(start, Start)
+    assert (start.account_id, start.tracks, start.media_format) == ("", (Track.INBOUND,), form)
+    assert codec.number('{"event":"stop","sequenceNumber":7}') == 7
+    with pytest.raises(MalformedFrame, match="second_start: the stream is S1, and another start names S2"):
+        codec.decode('{"event":"start","start":{"callId":"C1","streamId":"S2"}}')
+
+
+def test_a_fault_says_why_or_what_plivo_sent() -> None:
+    codec = Provider(Settings(auth="none")).codec()
+    for event in ("incorrectPayload", "playFailed", "error"):
+        frame = json.dumps({"event": event, "code": 7})
+        assert list(codec.decode(frame)) == [Fault(event, frame)]
+        assert list(codec.decode(json.dumps({"event": event, "reason": "no"}))) == [Fault(event, "no")]
+        assert list(opened().encode(Fault(event, "no"))) != []
+    assert list(opened().encode(Fault("local_error", "no"))) == []
+
+
+def test_the_carrier_half_is_plivo() -> None:
+    habits = Carrier.habits
+    assert (habits.says_stop, habits.confirms_clear, habits.subprotocol) == (False, True, "audio.plivo.com")
+    assert (habits.stream_attempts, habits.retries_silence) == (3, True)
+    with pytest.raises(UnsupportedCommand, match="Plivo carries mulaw/8000, pcm_s16le/8000 and pcm_s16le/16000, not mulaw/16000"):
+        Carrier().encode(Start("S1", "C1", media_format=MediaFormat(Encoding.MULAW, 16000)))
+    carrier = opened()
+    frames = [json.loads(frame) for at in (57, None, None) for frame in carrier.encode(Audio(bytes(160), timestamp_ms=at))]
+    frames += [json.loads(frame) for frame in carrier.encode(Audio(bytes(160), Track.OUTBOUND))]
+    told = [
+        (each["media"]["track"], each["media"]["chunk"], each["media"]["timestamp"], each["sequenceNumber"]) for each in frames
+    ]
+    assert told == [("inbound", 1, "57", 2), ("inbound", 2, "77", 3), ("inbound", 3, "97", 4), ("outbound", 1, "0", 5)]
+    [key] = (json.loads(frame) for frame in carrier.encode(Dtmf("5")))
+    assert key["dtmf"] == {"track": "inbound", "digit": "5", "timestamp": "117"}
