@@ -23,7 +23,8 @@ IDLE_SECS = 10.0
 """Between sweeps while no call is live. They take a few milliseconds."""
 
 BUSY_SECS = 600.0
-"""Between sweeps while calls are live, twice that in an onrush: each holds them up, a hundred calls by 3 to 8 ms, four hundred by 50."""
+"""Between sweeps while calls are live, twice that in an onrush: each holds them up, a hundred calls by 3 to 8 ms, four hundred
+by 50."""
 
 RUSH = 1000
 """More objects in YOUNG_SECS than there were: a few new calls."""
