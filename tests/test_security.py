@@ -996,7 +996,7 @@ async def betray(server: Server, number: int) -> list[str]:
     return tokens
 
 
-@pytest.mark.parametrize("calls", [6, pytest.param(3000, marks=[pytest.mark.long, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("calls", [6, pytest.param(3334, marks=[pytest.mark.long, pytest.mark.timeout(1800)])])
 async def test_s4_s8_s12_nothing_private_is_in_any_line_of_the_log_or_in_metrics(
     launch: Launch, written: Any, calls: int
 ) -> None:
