@@ -13,8 +13,9 @@ import asyncio
 import gc
 from collections.abc import Callable
 
-YOUNG_SECS = 0.025
-"""How often what is new is looked at; every other time with what was new the time before. What is left then is for a sweep."""
+YOUNG_SECS, AT_REST_SECS = 0.025, 0.5
+"""How often what is new is looked at while calls are live, and while none is; every other time with what was new the time before.
+What is left then is for a sweep."""
 
 MOST_YOUNG, NEVER = 50_000, 1_000_000_000
 """More new objects than that are looked at in between: the event loop is held up."""
@@ -43,10 +44,10 @@ async def tidy(live: Callable[[], int]) -> None:
     loop = asyncio.get_running_loop()
     swept_at = loop.time()
     while _by_generations():
-        await asyncio.sleep(YOUNG_SECS)
+        await asyncio.sleep(YOUNG_SECS if live() else AT_REST_SECS)
         rush = gc.get_count()[0] > RUSH
         gc.collect(0)
-        await asyncio.sleep(YOUNG_SECS)
+        await asyncio.sleep(YOUNG_SECS if live() else AT_REST_SECS)
         wait_secs = BUSY_SECS * (1 + rush) if live() else IDLE_SECS
         if loop.time() - swept_at < wait_secs:
             gc.collect(1)

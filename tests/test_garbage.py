@@ -242,6 +242,7 @@ class Knot:
 def collections(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The generations that are collected, in quick time; the collector is afterwards as it was before."""
     monkeypatch.setattr(garbage, "YOUNG_SECS", 0.001)
+    monkeypatch.setattr(garbage, "AT_REST_SECS", 0.001)
     monkeypatch.setattr(garbage, "IDLE_SECS", 0.05)
     monkeypatch.setattr(garbage, "BUSY_SECS", 0.3)
     found: list[int] = []
