@@ -253,7 +253,7 @@ async def test_a_stream_whose_handling_fails_ends_as_failed(
         async with TwilioMedia(stream_url(server, "twilio")) as call:
             await service.connected()
             (stream,) = server.streams.values()
-            monkeypatch.setattr(stream.session, "receive", lambda *_: 1 // 0)
+            monkeypatch.setattr(type(stream.session), "receive", lambda *_: 1 // 0)
             await call.speak(bytes(160))
             await asyncio.wait_for(call.closed.wait(), 10)
             link = service.link
