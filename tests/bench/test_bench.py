@@ -254,7 +254,11 @@ def test_usage(arguments: list[str], why: str) -> None:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_bench_leaves_nothing_behind(how: signal.Signals) -> None:
     command = [sys.executable, "-m", "gateway", "bench", "--calls", "2", "--seconds", "60", "--rounds", "1"]
+    before = signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # or it inherits that it is ignored, where these tests run in the background
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    signal.signal(signal.SIGINT, before)
     children: list[int] = []
     end = time.monotonic() + 30
     while len(children) < 2 and time.monotonic() < end:
