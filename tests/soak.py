@@ -34,7 +34,7 @@ from gateway.services.native import NativeCarrier
 from gateway.services.ring import Frame
 from gateway.session import Session
 from tests.indexed import FRAMES, IndexedCaller, IndexedService, losses, settled
-from tests.processes import GatewayProcess, gateway
+from tests.processes import GatewayProcess, asked, gateway, probe
 from tests.results import store
 
 FRAMES_PER_HOUR = 180_000
@@ -169,33 +169,21 @@ def path(calls: int, hours: float, tell: Callable[[str], None] = lambda _: None)
 
 # --- real calls ----------------------------------------------------------------------------------------------------------
 
-PROBE = """
-import collections, gc, json, os, socket, threading
-
+OBJECTS = """
 gc.freeze = lambda: None  # what is frozen can't be counted
 
-def probe():
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(os.environ["PROBE"])
-    server.listen()
-    while True:
-        one, _ = server.accept()
-        gc.collect()
-        one.sendall(json.dumps(collections.Counter(type(each).__name__ for each in gc.get_objects())).encode())
-        one.close()
-
-threading.Thread(target=probe, daemon=True).start()
+def answer():
+    gc.collect()
+    return collections.Counter(type(each).__name__ for each in gc.get_objects())
 """
-"""Answers on a socket what objects there are in the gateway's process."""
+"""What objects there are in the gateway's process."""
 
 OURS = ("Stream", "Session", "Subscription", "WebsocketLink", "Playout", "Ring", "Intake", "Timeline", "Channel", "House")
 LOOP = ("Task", "TimerHandle", "WebSocketResponse", "ServiceSocket", "RequestHandler", "Future", "Handle")
 
 
 async def objects(socket_path: Path) -> dict[str, int]:
-    reader, writer = await asyncio.open_unix_connection(str(socket_path))
-    counted: dict[str, int] = json.loads(await reader.read())
-    writer.close()
+    counted: dict[str, int] = await asked(socket_path)
     return {name: counted.get(name, 0) for name in (*OURS, *LOOP)}
 
 
@@ -253,7 +241,6 @@ async def calls(count: int, at_once: int = 20, tell: Callable[[str], None] = lam
     """Two bursts of `count` short calls each, against a gateway that has had a few."""
     with TemporaryDirectory() as directory:
         socket_path = Path(directory) / "probe"
-        program = f"import os; os.environ['PROBE'] = {str(socket_path)!r}\n{PROBE}"
         async with IndexedService() as service:
             document: dict[str, object] = {
                 "providers": {"twilio": {"kind": "twilio_media_streams", "auth": "none"}},
@@ -262,7 +249,7 @@ async def calls(count: int, at_once: int = 20, tell: Callable[[str], None] = lam
                 "max_calls_per_second": 100_000,
                 "max_pending_per_address": 1000,
             }
-            async with gateway(Path(directory), document, program=program) as running:
+            async with gateway(Path(directory), document, program=probe(socket_path, OBJECTS)) as running:
                 found = await burst(running, service, 2 * at_once, at_once, "000")
                 before = await state(running, socket_path, SETTLE_SECS)
                 assert before["House"] == 1, "the process that is looked at is not the one that takes the calls"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from itertools import count
@@ -16,7 +15,7 @@ import pytest
 
 from gateway import garbage
 from tests.doubles import ConversationRelay, Plivo, RecordingService, TwilioMedia
-from tests.processes import GatewayProcess, gateway
+from tests.processes import GatewayProcess, asked, gateway, probe
 
 CALLS = 5
 MOST_EACH = 5.0
@@ -28,48 +27,40 @@ SEEDS = count()
 AUDIO = bytes(range(160)) * 20
 AUTH_TOKEN = "0123456789abcdef0123456789abcdef"
 
-PROBE = """
-import collections, gc, json, os, socket, threading
-
+GARBAGE = """
 def name(each):
     return f"{type(each).__module__}.{type(each).__qualname__}"
 
-def probe():
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(os.environ["PROBE"])
-    server.listen()
-    while True:
-        one, _ = server.accept()
-        gc.collect()
-        found = collections.Counter(map(name, gc.garbage))
-        gc.set_debug(0)
-        gc.garbage.clear()
-        gc.collect()
-        gc.set_debug(gc.DEBUG_SAVEALL)
-        live = sum(name(each) in ("gateway.stream.Stream", "gateway.porter._Porter") for each in gc.get_objects())
-        one.sendall(json.dumps([found, live]).encode())
-        one.close()
-
-threading.Thread(target=probe, daemon=True).start()
+def answer():
+    gc.collect()
+    found = collections.Counter(map(name, gc.garbage))
+    gc.set_debug(0)
+    gc.garbage.clear()
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    live = sum(name(each) in ("gateway.stream.Stream", "gateway.porter._Porter") for each in gc.get_objects())
+    return found, live
 """
-"""Answers on a socket what was garbage since it was asked last, by types, and how many streams and new connections there are."""
-
-
-async def asked(probe: Path) -> tuple[Counter[str], int]:
-    reader, writer = await asyncio.open_unix_connection(str(probe))
-    found, live = json.loads(await reader.read())
-    writer.close()
-    return Counter(found), live
+"""What was garbage since it was asked last, by types, and how many streams and new connections there are."""
 
 
 def url(running: GatewayProcess, name: str = "twilio") -> str:
     return f"ws://127.0.0.1:{running.port}/{name}/stream"
 
 
-async def twilio(running: GatewayProcess, service: RecordingService) -> None:
-    async with TwilioMedia(url(running), seed=next(SEEDS)) as call:
-        await call.speak(AUDIO)
-        await call.hangup()
+Act = Callable[[GatewayProcess, RecordingService], Awaitable[None]]
+
+
+def on(provider: str) -> Act:
+    """A Media Streams call, heard and ended by the caller."""
+
+    async def act(running: GatewayProcess, service: RecordingService) -> None:
+        async with TwilioMedia(url(running, provider), seed=next(SEEDS)) as call:
+            await call.speak(AUDIO)
+            await call.hangup()
+
+    act.__name__ = provider
+    return act
 
 
 async def plivo(running: GatewayProcess, service: RecordingService) -> None:
@@ -81,18 +72,6 @@ async def plivo(running: GatewayProcess, service: RecordingService) -> None:
 async def relay(running: GatewayProcess, service: RecordingService) -> None:
     async with ConversationRelay(url(running, "relay"), seed=next(SEEDS)) as call:
         await call.says("Where is my order?")
-        await call.hangup()
-
-
-async def echo(running: GatewayProcess, service: RecordingService) -> None:
-    async with TwilioMedia(url(running, "echo"), seed=next(SEEDS)) as call:
-        await call.speak(AUDIO)
-        await call.hangup()
-
-
-async def recorded(running: GatewayProcess, service: RecordingService) -> None:
-    async with TwilioMedia(url(running, "recorded"), seed=next(SEEDS)) as call:
-        await call.speak(AUDIO)
         await call.hangup()
 
 
@@ -173,17 +152,24 @@ async def webhook(running: GatewayProcess, service: RecordingService) -> None:
         await response.read()
 
 
-Act = Callable[[GatewayProcess, RecordingService], Awaitable[None]]
-
 ENDS: list[Act] = [
-    *(twilio, plivo, relay, echo, recorded, connection_cut, ended_before_the_service_answers, ended_by_the_service),
+    *(
+        on("twilio"),
+        plivo,
+        relay,
+        on("echo"),
+        on("recorded"),
+        connection_cut,
+        ended_before_the_service_answers,
+        ended_by_the_service,
+    ),
     *(service_refuses, service_goes_away, never_started, refused, bad_http, silent, webhook),
 ]
 
 
 async def left_by(act: Act, directory: Path, program: str = "") -> Counter[str]:
     """What CALLS of these leave to the collector, by types. `program` runs in the gateway's process before it."""
-    probe, twilio_kind = directory / "probe", {"kind": "twilio_media_streams", "auth": "none"}
+    socket_path, twilio_kind = directory / "probe", {"kind": "twilio_media_streams", "auth": "none"}
     async with RecordingService() as service:
         document: dict[str, Any] = {
             "public_url": "https://voice.example.com",
@@ -204,7 +190,7 @@ async def left_by(act: Act, directory: Path, program: str = "") -> Counter[str]:
             },
             "routes": [*({"provider": name, "service": name} for name in ("gone", "echo", "recorded")), {"service": "agent"}],
         }
-        program = f"import os; os.environ['PROBE'] = {str(probe)!r}\n{PROBE}\n{program}"
+        program = f"{probe(socket_path, GARBAGE)}\n{program}"
         async with gateway(directory, document, program=program, judge=False) as running:
             left = Counter[str]()
             for calls in (1, CALLS):  # the first makes what stays
@@ -214,8 +200,8 @@ async def left_by(act: Act, directory: Path, program: str = "") -> Counter[str]:
                     live = 1
                     while live:
                         await asyncio.sleep(0.3)
-                        found, live = await asked(probe)
-                        left += found
+                        found, live = await asked(socket_path)
+                        left += Counter(found)
     return left
 
 
@@ -228,7 +214,7 @@ async def test_nothing_is_left_for_the_collector(act: Act, tmp_path: Path) -> No
 
 async def test_what_is_left_is_found(tmp_path: Path) -> None:
     forgets = "import gateway.stream\ngateway.stream.Stream.release = lambda self: None"
-    assert CALLS == (await left_by(twilio, tmp_path, forgets))["gateway.stream.Stream"]
+    assert CALLS == (await left_by(on("twilio"), tmp_path, forgets))["gateway.stream.Stream"]
 
 
 class Knot:

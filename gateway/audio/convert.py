@@ -7,7 +7,6 @@ happens once, at the end. Hosts are little-endian, as the wires are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from math import inf
 
 import numpy as np
@@ -149,10 +148,11 @@ def _check(media_format: MediaFormat) -> None:
         raise ConfigError(f"channels {media_format.channels!r}: write 1, a track is mono")
 
 
-@cache
 def _ends(work: Workspace, source: Encoding, target: Encoding) -> tuple[Callable[[bytes], None], Callable[[], bytes]]:
-    """What fills a workspace's inlet, and what reads its outlet."""
-    return _loader(source, work.inlet), _encoder(target, work.outlet, work.gain)
+    """What fills a workspace's inlet, and what reads its outlet: made once, as they have buffers too."""
+    if (ends := work.ends.get((source, target))) is None:
+        ends = work.ends[source, target] = _loader(source, work.inlet), _encoder(target, work.outlet, work.gain)
+    return ends
 
 
 def _loader(encoding: Encoding, into: FloatArray) -> Callable[[bytes], None]:

@@ -21,6 +21,7 @@ of one shape: a chunk that ends inside a block computes the whole block, and giv
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from math import gcd
 from threading import local
@@ -88,6 +89,8 @@ class Workspace:
         self.outlet = self.product.reshape(-1)
         self.gain = float(np.abs(self.taps).sum(0).max())
         """No sample of the output is larger than the largest of the input times this."""
+        self.ends: dict[object, tuple[Callable[[bytes], None], Callable[[], bytes]]] = {}
+        """What fills the inlet and what reads the outlet, by encodings."""
 
 
 class _Threads(local):

@@ -1,6 +1,7 @@
 """The two halves of a caller that carriers of sound share: an ear that plays one FIFO in real time, a mouth of 20 ms chunks."""
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
@@ -118,7 +119,7 @@ class Ear:
         return (head - at) * 1000
 
 
-class AudioPeer(Peer):
+class AudioPeer(Peer, ABC):
     """A carrier's end that carries sound."""
 
     overflow_code = "media buffer overflow"
@@ -159,11 +160,11 @@ class AudioPeer(Peer):
 
     # What a subclass writes.
 
-    async def _send_media(self, track: str, data: bytes, timestamp_ms: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def _send_media(self, track: str, data: bytes, timestamp_ms: int) -> None: ...
 
-    async def _send_mark(self, mark: Mark) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def _send_mark(self, mark: Mark) -> None: ...
 
     # The ear.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from socket import SO_RCVBUF, SOL_SOCKET
@@ -35,7 +36,7 @@ SUBPROTOCOL = Subprotocol("audio.plivo.com")
 SPEECH = MULAW[:8000]
 
 
-class Bot:
+class Bot(ABC):
     """Echoes, and goes by the caller's keys: 1 a mark, 2 two seconds of speech and a mark, * clear, # close."""
 
     kind: str
@@ -120,14 +121,14 @@ class Bot:
 
     stream_key: str
 
-    async def say(self, audio: bytes) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def say(self, audio: bytes) -> None: ...
 
-    def mark(self, name: str) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def mark(self, name: str) -> dict[str, Any]: ...
 
-    def clear(self) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def clear(self) -> dict[str, Any]: ...
 
 
 class TwilioBot(Bot):
