@@ -115,14 +115,20 @@ def serve(path: Path, workers: int | None) -> None:
 
 
 @main.command()
-@click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("path", metavar="FILE", required=False, type=click.Path(path_type=Path))
+@click.option("--config", "-c", "named", type=click.Path(path_type=Path), help="FILE, as other commands have it.")
 @click.option("--strict", is_flag=True, help="Exit with 78 on warnings too.")
-def check(path: Path, strict: bool) -> None:
+def check(path: Path | None, named: Path | None, strict: bool) -> None:
     """Check a configuration: every error with file:line:column and what to write instead.
 
     Exits 0 if the gateway would start with it, 78 if not. A file without errors may have warnings: what works and is probably
     not meant, such as a route that no call can reach.
     """
+    if path is not None and named is not None:
+        raise click.UsageError("one file at a time: FILE, or --config FILE")
+    path = path or named
+    if path is None:
+        raise click.UsageError("which file? For instance: telephony-gateway check gateway.yaml")
     settings, warnings = _examined(path)
     if settings.tls is not None:
         try:

@@ -6,6 +6,7 @@ import struct
 import wave
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 from msgspec import Struct
@@ -134,4 +135,4 @@ def _pcm16(samples: NDArray[np.float64]) -> bytes:
 
 def _convert(path: Path | str) -> str:
     path = Path(path) if isinstance(path, Path) else Path("in.wav")
-    return f"Convert it first: sox {path.name} -c 1 -r 8000 -b 16 -e signed {path.stem or 'out'}-8k.wav"
+    return f"Convert it first: sox {quote(str(path))} -c 1 -r 8000 -b 16 -e signed {quote(f'{path.stem}-8k.wav')}"

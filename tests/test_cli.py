@@ -29,6 +29,9 @@ def test_check_says_what_is_good_and_what_is_wrong(tmp_path: Path) -> None:
     )
     good = CliRunner().invoke(cli.main, ["check", str(path)])
     assert (0, f"{path}: good: 1 provider, 1 service, 1 route\n") == (good.exit_code, good.output)
+    assert good.output == CliRunner().invoke(cli.main, ["check", "--config", str(path)]).output
+    for wrong in (["check"], ["check", str(path), "-c", str(path)]):
+        assert 2 == CliRunner().invoke(cli.main, wrong).exit_code
     path.write_text(
         "providers: {twilio: {kind: twilio_media_streams, auth: none}}\nservices: {e: {knid: echo}}\nroutes: [{service: x}]\n"
     )

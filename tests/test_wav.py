@@ -95,7 +95,7 @@ def test_other_files_are_turned_away_with_the_command_that_converts(tmp_path: Pa
     with pytest.raises(wav.WavError) as caught:
         read(tmp_path / "song.mp3", content)
     assert says in str(caught.value)
-    assert "sox song.mp3 -c 1 -r 8000 -b 16" in str(caught.value)
+    assert f"sox {tmp_path}/song.mp3 -c 1 -r 8000 -b 16 -e signed song-8k.wav" in str(caught.value)
 
 
 def test_missing_files_and_folders_are_errors_of_ours(tmp_path: Path) -> None:
