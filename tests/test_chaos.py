@@ -24,7 +24,9 @@ from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed
 
 from gateway import cli
-from gateway.chaos import REORDER_WINDOW, Accidents, Chaos, Faults, Frames, Plan
+from gateway.chaos import REORDER_WINDOW, Accidents, Chaos
+from gateway.chaos.messages import Frames
+from gateway.chaos.plan import Faults, Plan
 from gateway.server import Server
 from tests.conftest import Launch
 from tests.doubles import FRAMED, RAW, ConversationRelay, RecordingService, TwilioMedia

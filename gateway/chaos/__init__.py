@@ -14,170 +14,20 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from random import Random
 from time import monotonic
-from typing import Any, Literal
+from typing import Any
 
-import msgspec
-from msgspec import Struct
-
-Direction = Literal["up", "down"]
-Deed = Literal["stall", "resume", "half_open", "reset"]
+from gateway.chaos.messages import Frames, Message
+from gateway.chaos.plan import Deed, Direction, Faults, Plan, changed
 
 READ_BYTES = 64 * 1024
 MOST_QUEUED_BYTES = 1024 * 1024
 """Of one direction of one connection; whoever sends more waits, as on a real line."""
-LONGEST_MESSAGE = 64 * 1024 * 1024
-"""Longer ones are no WebSocket messages, and pass as they are."""
 REORDER_WINDOW = 3
 """A message that is held back comes at most so many messages later."""
-PRINTABLE = bytes(range(0x20, 0x7F))
-
-
-class Faults(Struct, frozen=True, forbid_unknown_fields=True):
-    """What happens in one direction. Shares are of 1 and of data messages, each message meets one accident at most.
-
-    `latency_ms` ± `jitter_ms`, order kept; `rate` in bit/s (0: no limit); `slice` — bytes in one write (0: as they come).
-    `match` — only messages that contain this text meet accidents; control frames never do.
-    """
-
-    latency_ms: float = 0.0
-    jitter_ms: float = 0.0
-    rate: float = 0.0
-    slice: int = 0
-    drop: float = 0.0
-    duplicate: float = 0.0
-    reorder: float = 0.0
-    corrupt: float = 0.0
-    match: str = ""
-
-    def __post_init__(self) -> None:
-        shares = (self.drop, self.duplicate, self.reorder, self.corrupt)
-        if min(self.latency_ms, self.jitter_ms, self.rate, self.slice, *shares) < 0 or sum(shares) > 1:
-            raise ValueError("nothing is below 0, and drop, duplicate, reorder and corrupt are at most 1 together")
-
-    @property
-    def accidents(self) -> bool:
-        return bool(self.drop or self.duplicate or self.reorder or self.corrupt)
-
-
-class Step(Struct, frozen=True, forbid_unknown_fields=True):
-    """`at` seconds after a connection began: other faults from now on (fields not named stay as they are), or a deed.
-
-    `stall` — nothing is read any more, until `resume`; `half_open` — everything vanishes and neither end is told, for good;
-    `reset` — both connections end by RST. A stall is of one `direction` if that is given.
-    """
-
-    at: float
-    up: dict[str, Any] = {}
-    down: dict[str, Any] = {}
-    do: Deed | None = None
-    direction: Direction | None = None
-
-
-class Plan(Struct, frozen=True):
-    """What a proxy does to every connection. `reset_after` — bytes forwarded in one direction, then RST (0: never)."""
-
-    up: Faults = Faults()
-    down: Faults = Faults()
-    steps: tuple[Step, ...] = ()
-    reset_after: int = 0
-    seed: int = 0
-
-    @classmethod
-    def read(cls, steps: object, **options: Any) -> Plan:
-        """With a script: a list of steps as in YAML or JSON. Raises ValueError."""
-        try:
-            read = msgspec.convert(steps, tuple[Step, ...], str_keys=True)
-            plan = cls(steps=tuple(sorted(read, key=lambda step: step.at)), **options)
-            for step in plan.steps:
-                _changed(plan.up, step.up)
-                _changed(plan.down, step.down)
-        except msgspec.ValidationError as error:
-            raise ValueError(str(error)) from None
-        return plan
 
 
 Tell = Callable[[dict[str, Any]], None]
 """Called with each thing the proxy did: `at` (seconds since it started), `connection`, `did`, and what more there is."""
-
-
-class Message(Struct):
-    """One WebSocket message, in the frames it came in; `raw` is what goes over the wire."""
-
-    raw: bytes
-    opcode: int
-    frames: list[tuple[int, int, bytes]] = []  # of each: where its payload begins and ends, and its mask
-
-    @property
-    def control(self) -> bool:
-        return self.opcode >= 8
-
-    def payload(self) -> bytes:
-        return b"".join(_unmasked(self.raw[begin:end], mask) for begin, end, mask in self.frames)
-
-    def corrupted(self, random: Random) -> bytes:
-        """The same with one byte changed; text stays text, so that it is not the WebSocket layer that refuses it."""
-        begin, end, mask = max(self.frames, key=lambda frame: frame[1] - frame[0])
-        if begin == end:
-            return self.raw
-        at = random.randrange(begin, end)
-        key = mask[(at - begin) % 4] if mask else 0
-        old = self.raw[at] ^ key
-        if self.opcode == 1:
-            if old >= 0x80:  # in the middle of a character
-                return self.raw
-            new = random.choice([each for each in PRINTABLE if each != old])
-        else:
-            new = old ^ random.randrange(1, 256)
-        return self.raw[:at] + bytes([new ^ key]) + self.raw[at + 1 :]
-
-
-class Frames:
-    """Cuts a byte stream into WebSocket messages (RFC 6455, section 5). Pure."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._message = Message(b"", 0, [])
-
-    def feed(self, data: bytes) -> Iterator[Message]:
-        """Whole messages, oldest first. Raises ValueError for what can't be one; `rest` then has the bytes."""
-        self._buffer += data
-        while (message := self._next()) is not None:
-            yield message
-
-    @property
-    def rest(self) -> bytes:
-        """Bytes of a message that is not whole yet."""
-        return self._message.raw + bytes(self._buffer)
-
-    def _next(self) -> Message | None:
-        while True:
-            buffer = self._buffer
-            if len(buffer) < 2:
-                return None
-            opcode, length, at = buffer[0] & 0x0F, buffer[1] & 0x7F, 2
-            if length == 126:
-                length, at = int.from_bytes(buffer[2:4]), 4
-            elif length == 127:
-                length, at = int.from_bytes(buffer[2:10]), 10
-            mask = b""
-            if buffer[1] & 0x80:
-                mask, at = bytes(buffer[at : at + 4]), at + 4
-            if length > LONGEST_MESSAGE:
-                raise ValueError("no WebSocket message")
-            if len(buffer) < at + length:
-                return None
-            raw, final = bytes(buffer[: at + length]), buffer[0] & 0x80
-            del buffer[: at + length]
-            if opcode >= 8:
-                return Message(raw, opcode, [(at, at + length, mask)])
-            message = self._message
-            message.opcode = opcode or message.opcode
-            before = len(message.raw)
-            message.raw += raw
-            message.frames.append((before + at, before + at + length, mask))
-            if final:
-                self._message = Message(b"", 0, [])
-                return message
 
 
 class Accidents:
@@ -353,7 +203,7 @@ class Connection:
             await asyncio.sleep(max(0.0, began + step.at - monotonic()))
             for pipe, changes in ((self.up, step.up), (self.down, step.down)):
                 if changes:
-                    pipe.faults = _changed(pipe.faults, changes)
+                    pipe.faults = changed(pipe.faults, changes)
                     self.chaos.did(self.number, "changed", direction=pipe.direction, faults=changes)
             if step.do is not None:
                 self.do(step.do, step.direction)
@@ -492,17 +342,6 @@ class Pipe:
         yield from self._accidents.flush()
         if rest := self._head + (self._frames.rest if self._frames is not None else b""):
             yield rest
-
-
-def _changed(faults: Faults, changes: dict[str, Any]) -> Faults:
-    return msgspec.convert(msgspec.structs.asdict(faults) | changes, Faults)
-
-
-def _unmasked(payload: bytes, mask: bytes) -> bytes:
-    if not mask or not payload:
-        return payload
-    key = int.from_bytes((mask * (len(payload) // 4 + 1))[: len(payload)])
-    return (int.from_bytes(payload) ^ key).to_bytes(len(payload))
 
 
 def _abort(writer: asyncio.StreamWriter) -> None:

@@ -12,7 +12,8 @@ import click
 import msgspec
 import yaml
 
-from gateway.chaos import Chaos, Faults, Plan, Step
+from gateway.chaos import Chaos
+from gateway.chaos.plan import Faults, Plan, Step
 from gateway.settings import host_port
 
 _POWERS = {"k": 1e3, "M": 1e6, "G": 1e9}
