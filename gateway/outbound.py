@@ -24,11 +24,13 @@ LARGEST_SILENCE_MS = 10_000
 class Outbound:
     """`sent` and `cut` follow the playout; `sync` the caller's audio. `take` gives the track up to now, and never takes back."""
 
-    def __init__(self, media_format: MediaFormat, now: float) -> None:
+    def __init__(self, media_format: MediaFormat, now: float, sent: int = 0) -> None:
+        """`sent`: bytes of the playout's running generation that the carrier has already; they are no part of the track."""
         self._format = media_format
         self._rate = media_format.bytes_per_second
         self._queue: deque[tuple[float | None, bytes]] = deque()
-        self._taken = 0  # bytes of this generation that were given out
+        self._taken = sent  # bytes of this generation that were given out, or were not ours to give
+        self._begun = False
         self._end = 0  # where the track ends, in bytes
         self._origin = 0.0  # where the caller's first sample stands on this track, in milliseconds
         self._offset = now  # of our clock, when the track was at 0
@@ -41,9 +43,10 @@ class Outbound:
         """When there will be another chunk."""
         return self._taken_at + CHUNK_MS / 1000
 
-    def sent(self, payload: bytes, at: float | None) -> None:
-        """The carrier was given this, to be heard from `at` on; None: right after what came before."""
-        self._queue.append((at, payload))
+    def sent(self, payload: bytes, at: float, *, continues: bool) -> None:
+        """The carrier was given this, to be heard from `at` on, which `continues` what it was given before."""
+        self._queue.append((None if continues and self._begun else at, payload))
+        self._begun = True
 
     def cut(self) -> None:
         """What was not taken will not be heard. Take first: the playout's position starts at 0 again."""

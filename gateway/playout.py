@@ -185,7 +185,7 @@ class Playout:
             self._dry_at = now
         payload = self._take(size) if self._offset or len(self._chunks[0]) != size else self._chunks.popleft()
         if self.outbound is not None:
-            self.outbound.sent(payload, self._dry_at if begins or not self._sent else None)
+            self.outbound.sent(payload, self._dry_at, continues=not begins and self._sent > 0)
         self._sent += size
         self.queued_bytes -= size
         self._dry_at += size / self._rate
@@ -248,7 +248,7 @@ class Playout:
     def follow(self, now: float) -> None:
         """Keep a track of what is heard, in `outbound`, from now on."""
         if self.outbound is None:
-            self.outbound = Outbound(self.media_format, now)
+            self.outbound = Outbound(self.media_format, now, self._sent)
 
     # --- figures ---
 

@@ -156,7 +156,7 @@ class Session:
             self._pass(frame)
             return
         if self._follows:
-            self._tell_heard(now)
+            self.tell_heard(now)
         for event in events:
             if type(event) is Audio:
                 self._hear(event, frame)
@@ -185,7 +185,7 @@ class Session:
             if type(command) is Audio:
                 self._play(command, now)
             else:
-                self._tell_heard(now)
+                self.tell_heard(now)
                 self._obey(command, now)
         except LocalError as error:
             self.fault(error.code, str(error), _ref(command))
@@ -195,6 +195,12 @@ class Session:
         if self.playout is not None and Audio in self._codec.accepts:
             self.playout.follow(now)
             self._follows = True
+
+    def tell_heard(self, now: float) -> None:
+        """The outbound track up to now, so that it stands before whatever is told next."""
+        if self.playout is not None and self.playout.outbound is not None:
+            for event in self.playout.outbound.take(self.playout.position(now), now):
+                self._emit(event)
 
     def fault(self, code: str, message: str, ref: str | int | None = None) -> None:
         """Tell the service that something was refused. Nothing is told once the stream is over."""
@@ -208,7 +214,7 @@ class Session:
         """The next frame to send, or None for now; then look at `next_due` and `over`."""
         if not self._frames and self.stop is None and (playout := self.playout) is not None:
             if playout.outbound is not None and playout.outbound.due <= now:
-                self._tell_heard(now)
+                self.tell_heard(now)
             if playout.awaited:
                 self._tell_overdue(playout, now)
             if (item := playout.next_frame(now)) is not None:
@@ -332,12 +338,6 @@ class Session:
                 self._note("checkpoint_unconfirmed", {"name": result.name, "waited_secs": CONFIRM_SECS})
             self._report(result)
 
-    def _tell_heard(self, now: float) -> None:
-        """The outbound track up to now, so that it stands before whatever is told next."""
-        if self.playout is not None and self.playout.outbound is not None:
-            for event in self.playout.outbound.take(self.playout.position(now), now):
-                self._emit(event)
-
     def _whole(self, audio: Audio) -> Audio:
         """Whole samples only: a byte too many is carried over to the track's next chunk."""
         payload = self._rests.pop(audio.track, b"") + audio.payload
@@ -403,7 +403,7 @@ class Session:
         if self.stop is not None:
             return
         self.settle()
-        self._tell_heard(now)
+        self.tell_heard(now)
         if self.playout is not None:
             hung_up = stop.reason in (StopReason.CALLER_HANGUP, StopReason.CARRIER_CLOSED)
             for result in self.playout.finish(now, hung_up=hung_up):

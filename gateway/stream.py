@@ -437,10 +437,12 @@ class Stream:
             raise LocalError(refused)
         if _hears_playout(service):
             self.session.follow_playout(self._loop.time())
+            self._send_due()  # a line on which nothing happens is silent from now on, not from when something does
         self._listen(listeners, name, service, route)
 
     async def detach(self, name: str) -> bool:
         """Take a listener off the call, once it has taken what it was told. False: there is none of this name."""
+        self.session.tell_heard(self._loop.time())
         stop = Stop(StopReason.DETACHED, account=self.session.account(self._loop.time()))
         return self._listeners is not None and await self._listeners.remove(name, stop, FAREWELL_SECS)
 

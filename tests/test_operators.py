@@ -282,6 +282,22 @@ async def test_a_listener_is_put_on_a_live_call_and_taken_off(
     assert ["attach"] * 3 + ["detach"] * 3 + ["attach"] == commands
 
 
+async def test_a_recorder_on_a_line_on_which_nothing_happens_records_that(
+    launch: Launch, operator: Operator, tmp_path: Path
+) -> None:
+    archive = {"kind": "recorder", "directory": str(tmp_path), "name": "{session}"}
+    server = await launch(**echoing(archive=archive), admin=ADMIN)
+    async with TwilioMedia(stream_url(server, "twilio")) as call:
+        await call.speak(MULAW[:800])
+        session = await only_call(server, operator)
+        path = f"/calls/{session}/listeners"
+        assert 202 == (await operator.post(server, path, json={"service": "archive"}))[0]
+        await asyncio.sleep(0.3)
+        assert 200 == (await operator.ask(server, "DELETE", f"{path}/archive"))[0]
+        await call.hangup()
+    assert wav.read(tmp_path / f"{session}.wav").duration_ms >= 300
+
+
 async def test_listeners_that_cannot_be_put_on_a_call(launch: Launch, operator: Operator) -> None:
     async with RecordingService() as service:
         services = {f"x{at}": listener(service) for at in range(17)}

@@ -128,6 +128,27 @@ def test_a_process_that_slept_tells_a_gap() -> None:
     assert [3 * LARGEST_SILENCE_MS] == [event.lost_ms for event in stage.events if isinstance(event, Gap)]
 
 
+@pytest.mark.parametrize("kind", AUDIO_KINDS)
+@pytest.mark.parametrize("before_ms", [0, 37, 1000])
+def test_who_listens_from_mid_speech_on_hears_it_at_its_time(kind: str, before_ms: int) -> None:
+    stage = Stage(kind)
+    stage.start()
+    stage.perform(Audio(LOUD * 8 * 3000))
+    stage.wait(before_ms)
+    playout = stage.session.playout
+    assert playout is not None
+    ahead_ms = playout.ahead_ms(stage.now)
+    assert 0 < ahead_ms < 500
+    stage.session.follow_playout(stage.now)
+    stage.wait(700)
+    stage.perform(Clear())
+    stage.wait(300)
+    track = heard(stage.events)
+    # What the carrier had already is not ours to tell any more; from there to the cut.
+    assert [ahead_ms, 700, 1000] == pytest.approx([track.index(LOUD) / 8, track.rindex(LOUD) / 8, len(track) / 8], abs=21)
+    assert track.count(LOUD) / 8 == pytest.approx(700 - ahead_ms, abs=1)
+
+
 @settings(max_examples=60, deadline=None)
 @example([37, "mark"])
 @given(st.lists(st.one_of(st.integers(1, 900), st.just("clear"), st.just("mark"), st.floats(0.1, 400)), max_size=30))
@@ -146,7 +167,7 @@ def test_any_conversation_is_heard_as_the_account_has_it(steps: list[int | float
                 stage.wait(step)
         playout = stage.session.playout
         assert playout is not None
-        stage.session._tell_heard(stage.now)
+        stage.session.tell_heard(stage.now)
         _, played, _, _ = playout.totals(stage.now)
         assert played == heard(stage.events).count(LOUD)
 
