@@ -606,7 +606,7 @@ class Provider:
         if form is None:
             raise MalformedFrame("invalid_content_type", f"contentType {kind!r}")
         headers = stream.get("extraHeaders", "")
-        if len(headers.encode(errors="replace")) > _plivo.HEADER_BYTES:
+        if len(headers.encode()) > _plivo.HEADER_BYTES:
             raise MalformedFrame(_plivo.BAD_ANSWER, "extraHeaders has more than 512 bytes")
         follows = response[[*response].index(stream) + 1 :]
         action = (follows[0].text or "").strip() if follows and follows[0].tag == "Redirect" else None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hmac
 import json
+import re
+from base64 import b64encode
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.errors import MalformedFrame, UnsupportedCommand
+from gateway.errors import MalformedFrame, SignatureMismatch, UnsupportedCommand
 from gateway.events import Audio, Dtmf, Fault, Start, Stop
 from gateway.media import MULAW_8K, Encoding, MediaFormat, Track
 from gateway.provider import Limits, SignedRequest
@@ -121,22 +124,55 @@ def test_a_call_sounds_200_ms_ahead_in_frames_of_20_to_60_ms() -> None:
     assert Provider(Settings(auth="none", lead_ms=40_000)).codec().limits == Limits(40_000, 40_000, 20, 60)
 
 
+LEVEL = "noise_cancellation_level: {} is out of range; it is 60 to 100 and needs `noise_cancellation: true`"
+
+
 @pytest.mark.parametrize(
-    ("right", "wrong"),
+    ("right", "wrong", "why"),
     [
-        ({"noise_cancellation": True, "noise_cancellation_level": 60}, {"noise_cancellation_level": 60}),
+        (
+            {"noise_cancellation": True, "noise_cancellation_level": 60},
+            {"noise_cancellation_level": 60},
+            LEVEL.format(60),
+        ),
         (
             {"noise_cancellation": True, "noise_cancellation_level": 100},
             {"noise_cancellation": True, "noise_cancellation_level": 101},
+            LEVEL.format(101),
         ),
-        ({"noise_cancellation": True}, {"noise_cancellation": True, "noise_cancellation_level": 59}),
-        ({"stream_timeout_secs": 1}, {"stream_timeout_secs": 0}),
+        (
+            {"noise_cancellation": True},
+            {"noise_cancellation": True, "noise_cancellation_level": 59},
+            LEVEL.format(59),
+        ),
+        (
+            {"stream_timeout_secs": 1},
+            {"stream_timeout_secs": 0},
+            "stream_timeout_secs: 0 is out of range; Plivo wants a positive number of seconds",
+        ),
+        (
+            {"media_format": MediaFormat(Encoding.PCM_S16LE, 16000)},
+            {"media_format": MediaFormat(Encoding.MULAW, 16000)},
+            "media_format: Plivo carries mulaw/8000, pcm_s16le/8000 and pcm_s16le/16000, not mulaw/16000",
+        ),
     ],
 )
-def test_numbers_are_as_large_as_plivo_takes(right: dict[str, Any], wrong: dict[str, Any]) -> None:
+def test_options_that_plivo_does_not_take_are_refused_with_the_reason(
+    right: dict[str, Any], wrong: dict[str, Any], why: str
+) -> None:
     Settings(auth="none", **right)
-    with pytest.raises(ValueError, match="is out of range"):
+    with pytest.raises(ValueError, match=f"^{re.escape(why)}$"):
         Settings(auth="none", **wrong)
+
+
+def test_plivos_older_signature_does_only_where_it_was_asked_for() -> None:
+    url, token, nonce = "https://h/p/answer", "k" * 40, "12345678901234567890"
+    signature = b64encode(hmac.digest(token.encode(), f"{url}{nonce}".encode(), "sha256")).decode()
+    headers = {"X-Plivo-Signature-V2": signature, "X-Plivo-Signature-V2-Nonce": nonce}
+    request = SignedRequest.read("POST", url, headers, b"CallUUID=C1")
+    Provider(Settings(auth_token=token, accept_v2=True)).authenticate(request)
+    with pytest.raises(SignatureMismatch):
+        Provider(Settings(auth_token=token)).authenticate(request)
 
 
 def opened(form: MediaFormat = MULAW_8K) -> Carrier:
@@ -193,6 +229,12 @@ def test_a_message_has_at_most_64_kb_and_comes_after_the_start() -> None:
         Carrier().decode(frame)
 
 
+def test_no_audio_is_no_frame() -> None:
+    codec = Provider(Settings(auth="none")).codec()
+    [_] = codec.decode('{"event":"start","start":{"callId":"C1","streamId":"S1"}}')
+    assert list(codec.encode(Audio(b""))) == []
+
+
 def test_half_samples_are_nobodys() -> None:
     form = MediaFormat(Encoding.PCM_S16LE, 16000)
     codec = Provider(Settings(auth="none", media_format=form)).codec()
@@ -213,7 +255,7 @@ def test_any_stream_is_ended_by_closing_its_socket(mode: dict[str, str]) -> None
 def test_digits_are_those_of_a_telephone() -> None:
     codec = Provider(Settings(auth="none")).codec()
     [_] = codec.decode('{"event":"start","start":{"callId":"C1","streamId":"S1"}}')
-    for digits, shown in (("", "''"), ("1w", "'1w'"), ("w" * 80, "'" + "w" * 63 + "…'")):
+    for digits, shown in (("", "''"), ("1w", "'1w'"), ("1x", "'1x'"), ("w" * 80, "'" + "w" * 63 + "…'")):
         with pytest.raises(UnsupportedCommand, match=f"Plivo sends the digits 0-9 A-D . #, not {shown}$"):
             codec.encode(Dtmf(digits))
     assert list(codec.encode(Dtmf("0AD*#"))) == ['{"event":"sendDTMF","dtmf":"0AD*#"}']
@@ -244,6 +286,7 @@ def test_the_carrier_half_is_plivo() -> None:
     habits = Carrier.habits
     assert (habits.says_stop, habits.confirms_clear, habits.subprotocol) == (False, True, "audio.plivo.com")
     assert (habits.stream_attempts, habits.retries_silence) == (3, True)
+    assert Provider.subprotocols == (habits.subprotocol,), "what Plivo asks for is what is granted"
     with pytest.raises(UnsupportedCommand, match="Plivo carries mulaw/8000, pcm_s16le/8000 and pcm_s16le/16000, not mulaw/16000"):
         Carrier().encode(Start("S1", "C1", media_format=MediaFormat(Encoding.MULAW, 16000)))
     carrier = opened()
@@ -255,3 +298,45 @@ def test_the_carrier_half_is_plivo() -> None:
     assert told == [("inbound", 1, "57", 2), ("inbound", 2, "77", 3), ("inbound", 3, "97", 4), ("outbound", 1, "0", 5)]
     [key] = (json.loads(frame) for frame in carrier.encode(Dtmf("5")))
     assert key["dtmf"] == {"track": "inbound", "digit": "5", "timestamp": "117"}
+
+
+def answered(*, url: str = "wss://h/s", attributes: str = 'contentType="audio/x-mulaw;rate=8000"', after: str = "") -> str:
+    return f"<Response><Speak>One moment</Speak><Stream {attributes}>{url}</Stream>{after}<Speak>Bye</Speak></Response>"
+
+
+def test_plivo_dials_urls_of_2048_characters_and_takes_512_bytes_of_headers() -> None:
+    long = "wss://h/" + "s" * 2040
+    assert Provider.dial(answered(url=long)).url == long
+    with pytest.raises(MalformedFrame, match=r"^connection_failed: the stream URL has 2049 characters, more than 2048$"):
+        Provider.dial(answered(url=f"{long}s"))
+    attributes = 'contentType="audio/x-mulaw;rate=8000" extraHeaders="a={}"'
+    assert Provider.dial(answered(attributes=attributes.format("b" * 510))).parameters == {"a": "b" * 510}
+    with pytest.raises(MalformedFrame, match=r"^8011: extraHeaders has more than 512 bytes$"):
+        Provider.dial(answered(attributes=attributes.format("b" * 509 + "ü")))
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (answered(url=""), "connection_failed: the stream URL '' names no host"),
+        (answered(url="wss://h:port/s"), "connection_failed: the stream URL 'wss://h:port/s' can't be read"),
+        (answered(attributes=""), "invalid_content_type: contentType ''"),
+    ],
+)
+def test_what_plivo_makes_nothing_of(answer: str, why: str) -> None:
+    with pytest.raises(MalformedFrame, match=f"^{re.escape(why)}"):
+        Provider.dial(answer)
+
+
+@pytest.mark.parametrize(
+    ("after", "action_url"),
+    [
+        ("<Redirect> https://h/p/action </Redirect>", "https://h/p/action"),
+        ("<Redirect/>", ""),
+        ("<Speak>Wait</Speak><Redirect>https://h/p/action</Redirect>", None),
+        ("", None),
+    ],
+)
+def test_a_redirect_right_behind_the_stream_is_where_the_call_goes_on(after: str, action_url: str | None) -> None:
+    dial = Provider.dial(answered(after=after))
+    assert (dial.action_url, dial.parameters) == (action_url, {})
