@@ -23,7 +23,7 @@ class Subscription:
     """
 
     __slots__ = (
-        "_capacity", "_chunks", "_events", "_format", "_notify", "_queued", "_shed", "_waiting", "audio_bytes", "both",
+        "_capacity", "_chunks", "_events", "_format", "_hear", "_notify", "_queued", "_shed", "_waiting", "audio_bytes", "both",
         "dropped_bytes", "dropped_events", "taken_bytes", "track",
     )  # fmt: skip
 
@@ -31,6 +31,7 @@ class Subscription:
         self._events: deque[Event] = deque()
         self._waiting = asyncio.Event()
         self._notify: Callable[[], None] = self._waiting.set
+        self._hear: Callable[[bytes], bool] | None = None
         self._format = media_format
         self._capacity = media_format.bytes_for(capacity_ms) if media_format is not None else 0
         self.track = track
@@ -53,11 +54,15 @@ class Subscription:
     def offer(self, event: Event) -> None:
         """Queue an event, shedding the oldest audio if there is no room."""
         if type(event) is Audio:
+            size = len(event.payload)
             if event.track is self.track:
-                self.audio_bytes += len(event.payload)
+                if self._hear is not None and not self._events and self._hear(event.payload):
+                    self.taken_bytes += size
+                    return
+                self.audio_bytes += size
             elif not self.both:
                 return
-            self._queued += len(event.payload)
+            self._queued += size
             self._chunks += 1
             self._events.append(event)
             if self._queued > self._capacity:
@@ -69,9 +74,13 @@ class Subscription:
             self._events.append(event)
         self._notify()
 
-    def notify(self, whom: Callable[[], None] | None) -> None:
-        """Have this called after each event, which must not raise, in place of ending a `wait`; None: no longer."""
+    def notify(self, whom: Callable[[], None] | None, hear: Callable[[bytes], bool] | None = None) -> None:
+        """Have this called after each event, which must not raise, in place of ending a `wait`; None: no longer.
+
+        `hear` is offered audio of the track before it is queued, while nothing is, and returns whether it has taken it.
+        """
         self._notify = whom if whom is not None else self._waiting.set
+        self._hear = hear
 
     def nudge(self) -> None:
         """End a `wait`: whoever takes has something else to do."""

@@ -265,6 +265,11 @@ class Playout:
         """Milliseconds that the carrier still has to play."""
         return max(0.0, self._dry_at - now) * 1000
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing will be due unless something more is asked for, or an echo comes."""
+        return not (self.queued_bytes or self._unsent or self.awaited or self.ending or self.outbound is not None)
+
     def idle(self, now: float) -> bool:
         """Whether all has been played and every checkpoint resolved."""
         return not (self._unsent or self.awaited or self.queued_bytes or self._dry_at > now)

@@ -207,7 +207,7 @@ class Server:
         scheme = "https" if self._certificate else "http"
         event = "listening" if self._place is None else "worker_listening"
         self._log.info(event, address=f"{host}:{self.port}", scheme=scheme, providers=[*self.providers])
-        if not direct.WORKS:
+        if not (direct.WORKS and direct.OUTLETS_WORK):
             self._log.warning("aiohttp_unknown", version=aiohttp.__version__, effect="each frame costs more")
         return self.port
 

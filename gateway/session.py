@@ -142,6 +142,12 @@ class Session:
         """Frames that could be sent at once; audio that waits for its time is in `playout`."""
         return len(self._frames)
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is to be sent, now or later, unless something happens: no need to ask what, and when."""
+        playout = self.playout
+        return playout is not None and playout.settled and not self._frames and self._ending is None and self.stop is None
+
     # --- from the carrier ---
 
     def receive(self, frame: str | bytes, now: float) -> None:

@@ -122,7 +122,7 @@ class Stream:
 
     __slots__ = (
         "_admitted", "_armed", "_began", "_capture", "_channel", "_closed_with", "_entered", "_failure", "_frame_ms", "_house",
-        "_idle", "_journal", "_lead_ms", "_legacy", "_links", "_listeners", "_loop", "_owed", "_released", "_serving",
+        "_idle", "_journal", "_lead_ms", "_legacy", "_links", "_listeners", "_loop", "_owed", "_put", "_released", "_serving",
         "_socket", "_stall", "_stopwatch", "_taken", "_tasks", "_timed_frame", "_transport", "_untimed", "_wake", "dialler",
         "kind", "log", "provider", "route", "session", "session_id", "start", "subscription",
     )  # fmt: skip
@@ -147,6 +147,7 @@ class Stream:
         self._entered = False
         self._socket = socket
         self._transport = transport
+        self._put = direct.outlet(socket)
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._idle = False  # the writer has nothing to do, and leaves sending to whoever has something
@@ -349,7 +350,7 @@ class Stream:
             session.receive(frame, self._loop.time())
         else:
             self._receive_timed(frame)
-        if session.over:
+        if session.stop is not None:
             self._wake.set()
         return True
 
@@ -371,6 +372,9 @@ class Stream:
         return True
 
     def _emit(self, event: Event) -> None:
+        if type(event) is Audio:
+            self._channel.publish(event)
+            return
         if type(event) is Start:
             self._open(event)
         elif type(event) in MILESTONES:
@@ -582,16 +586,19 @@ class Stream:
         if not self._idle:
             self._wake.set()
             return
+        session = self.session
         try:
             while self._transport.get_write_buffer_size() < STALLED_BYTES:
                 frame = self._next_frame()
                 if frame is None:
-                    if self.session.over:
+                    if session.over:
                         break
                     return
-                direct.send(self._socket.send_str(frame) if isinstance(frame, str) else self._socket.send_bytes(frame))
+                self._put(frame)
                 if self._stopwatch.running:
                     self._sent()
+                if session.settled:
+                    return
         except Exception as error:
             self._idle, self._failure = False, error
         self._wake.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,6 +44,7 @@ def by_queue(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Tests of other files run once more, as with an aiohttp that we don't know."""
     if request.node.originalname in BY_QUEUE:
         monkeypatch.setattr(direct, "hand_over", lambda *_: False)
+        monkeypatch.setattr(direct, "OUTLETS_WORK", False)
 
 
 Serve = Callable[[CarrierSocket], Awaitable[None]]
@@ -91,6 +93,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 def test_the_installed_aiohttp_is_as_expected() -> None:
     assert direct.WORKS, "queues of this aiohttp can't be ours: see gateway/direct.py"
+    assert direct.OUTLETS_WORK, "this aiohttp writes otherwise than our outlets: see gateway/direct.py"
     assert direct.HEARTBEAT_WORKS, "heartbeats of this aiohttp don't go by what ours sets: see gateway/direct.py"
 
 
@@ -324,3 +327,68 @@ async def test_whoever_speaks_is_not_pinged_and_is_once_it_is_silent() -> None:
         await listening
     assert len(pings) == 1
     assert 0.4 < pings[0] - last
+
+
+@pytest.mark.parametrize("ours", [True, False])
+async def test_an_outlet_writes_messages_of_any_length_at_both_ends(monkeypatch: pytest.MonkeyPatch, ours: bool) -> None:
+    monkeypatch.setattr(direct, "OUTLETS_WORK", ours)
+    messages: list[str | bytes] = []
+    for size in (0, 1, 125, 126, 127, 65535, 65536, 100_000, 126, 125):
+        messages += [bytes(range(256)) * (size // 256) + bytes(size % 256), "x" * size, "ü" * size]
+    there: list[object] = []
+
+    async def serve(socket: CarrierSocket) -> None:
+        put = direct.outlet(socket)
+        for message in messages:
+            put(message)
+            there.append((await socket.receive()).data)
+        assert isinstance(put, partial) is not ours
+        await rest(socket)
+
+    async with connected(serve) as socket:
+        for message in messages:
+            assert message == (await socket.receive()).data
+            socket.write(message)
+        assert isinstance(socket.write, partial) is not ours
+    assert messages == there
+
+
+async def test_an_outlet_of_a_socket_that_is_gone_raises() -> None:
+    gone = asyncio.Event()
+
+    async def serve(socket: CarrierSocket) -> None:
+        await rest(socket)
+        put = direct.outlet(socket)
+        with pytest.raises(ConnectionError):
+            put("after the close")
+        gone.set()
+
+    async with connected(serve) as socket:
+        await socket.close()
+        with pytest.raises(ConnectionError):
+            socket.write(b"after the close")
+        await asyncio.wait_for(gone.wait(), 5)
+
+    async with connected(rest) as cut:  # type: ignore[arg-type]
+        cut.transport.abort()
+        with pytest.raises(ConnectionError):
+            cut.write(b"after the end")
+
+
+async def test_what_an_outlet_wrote_counts_for_a_send_that_waits() -> None:
+    """Nobody reads: aiohttp's own send, after an outlet has filled the transport, waits as it would after its own."""
+    held = asyncio.Event()
+
+    async def serve(socket: CarrierSocket) -> None:
+        put = direct.outlet(socket)
+        for _ in range(200):
+            put(bytes(100_000))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await socket.send_bytes(b"x")
+        held.set()
+
+    async with connected(serve) as socket:
+        socket.transport.pause_reading()  # type: ignore[attr-defined]
+        await asyncio.wait_for(held.wait(), 5)
+        socket.transport.abort()

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from gateway import garbage
-from tests.doubles import ConversationRelay, Plivo, RecordingService, TwilioMedia
+from tests.doubles import ConversationRelay, Link, Plivo, RecordingService, TwilioMedia
 from tests.processes import GatewayProcess, asked, gateway, probe
 
 CALLS = 5
@@ -102,8 +102,12 @@ async def service_refuses(running: GatewayProcess, service: RecordingService) ->
 async def service_goes_away(running: GatewayProcess, service: RecordingService) -> None:
     async with TwilioMedia(url(running), seed=next(SEEDS)) as call:
         await call.speak(AUDIO)
-        (link,) = [link for link in service.links if link.start["call_id"] == call.call_sid]
-        link.drop()
+
+        def links() -> list[Link]:
+            return [link for link in service.links if call.call_sid in str(link.texts("start"))]
+
+        await call.until(links, 5)
+        links()[0].drop()
         await asyncio.sleep(0.3)
         await call.hangup()
 

@@ -13,7 +13,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import DefaultResolver
 
-from gateway.direct import Heartbeat, release, send
+from gateway.direct import Heartbeat, outlet, release
 from gateway.errors import RemoteError, untrace
 from gateway.services.framed import SUBPROTOCOL_FRAMED
 from gateway.services.native import SUBPROTOCOL_RAW
@@ -71,16 +71,14 @@ class ServiceSocket(Heartbeat, aiohttp.ClientWebSocketResponse):
         self.selected: str | None = response.headers.get("Sec-WebSocket-Protocol")
         """What the service answered; `protocol` is None also where it selected what was not offered."""
         self.transport: asyncio.Transport = writer.transport
+        self.write = outlet(self)
+        """Send without waiting, however much waits already. Raises ConnectionError."""
         # Whoever sends looks at the level himself; a send that waits would hold up what comes behind it.
         self.transport.set_write_buffer_limits(high=64 * 2**20)
         raw = self.transport.get_extra_info("socket")
         with suppress(OSError, AttributeError):
             raw.setsockopt(SOL_SOCKET, SO_SNDBUF, SEND_BUFFER_BYTES)
             raw.setsockopt(IPPROTO_TCP, _TCP_NOTSENT_LOWAT, UNSENT_BYTES)
-
-    def write(self, message: str | bytes) -> None:
-        """Send without waiting, however much waits already. Raises ConnectionError."""
-        send(self.send_str(message) if isinstance(message, str) else self.send_bytes(message))
 
     def abandon(self) -> None:
         """End the connection at once, without a word."""

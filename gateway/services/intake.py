@@ -65,7 +65,7 @@ class Intake:
     def take(self, event: Event, now: float) -> None:
         """Put one event of the stream into the ring."""
         if type(event) is Audio:
-            self._hear(event.payload, len(event.payload))
+            self.hear(event.payload)
             return
         if isinstance(event, Start):
             return  # told anew at the beginning of each connection
@@ -81,6 +81,16 @@ class Intake:
                     self.journal.say(Word(number, text, self.ring.next_seq))
         if isinstance(event, Gap) and event.track is self._track and self._source is not None:
             self._leave_out(event, now)
+
+    def hear(self, payload: bytes) -> None:
+        """Put the carrier's audio into the ring."""
+        if self.journal is not None:
+            self.journal.hear(payload)
+        samples, heard = self._converter.convert(payload), len(payload)
+        if heard == self._share and len(samples) == self._frame_bytes and not self._pending and not self._reframer.rest:
+            self.ring.hear(samples, heard)  # one chunk is one frame
+        else:
+            self._frame(samples, heard)
 
     def adopt(self, other: Intake, now: float) -> None:
         """Take over what another intake, for a service with another format, still holds."""
@@ -122,14 +132,10 @@ class Intake:
         for word in words:
             self.ring.say(word.text, now)
 
-    def _hear(self, payload: bytes, heard: int) -> None:
+    def _be_silent(self, silence: bytes) -> None:
         if self.journal is not None:
-            self.journal.hear(payload)
-        samples = self._converter.convert(payload)
-        if heard == self._share and len(samples) == self._frame_bytes and not self._pending and not self._reframer.rest:
-            self.ring.hear(samples, heard)  # one chunk is one frame
-        else:
-            self._frame(samples, heard)
+            self.journal.hear(silence)
+        self._frame(self._converter.convert(silence), 0)
 
     def _frame(self, samples: bytes, heard: int) -> None:
         self._pending += heard
@@ -141,7 +147,7 @@ class Intake:
     def _leave_out(self, gap: Gap, now: float) -> None:
         fill = self._fill_ms(gap.lost_ms, now) if gap.reason is GapReason.CARRIER else 0
         if fill and self._source is not None:
-            self._hear(self._source.silence(fill), 0)
+            self._be_silent(self._source.silence(fill))
         if gap.lost_ms > fill:
             samples = (gap.lost_ms - fill) * self._target.sample_rate // 1000
             self.ring.skip(samples)

@@ -107,6 +107,11 @@ class Ring:
         """Audio that fits in without anything having to go."""
         return self._capacity - self.audio_bytes
 
+    @property
+    def waits(self) -> bool:
+        """Whether `take` has something."""
+        return bool(self._waiting or self._hole)
+
     # --- in ---
 
     def inherit(self, acked: int, next_seq: int, next_pos: int, next_number: int) -> None:

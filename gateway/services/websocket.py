@@ -440,7 +440,7 @@ class WebsocketLink:
         connection.at = connection.moved_at = now
         if self._pumping is None:
             self._pumping = self._tasks.create_task(self._pump())
-            self._line.subscription.notify(self._pass_on)
+            self._line.subscription.notify(self._pass_on, self._hear)
         self._line.subscription.nudge()
 
     def _lost(self, connection: _Connection, ended: _Ended) -> None:
@@ -481,6 +481,21 @@ class WebsocketLink:
             self._idle = False
             self._line.subscription.nudge()
 
+    def _hear(self, payload: bytes) -> bool:
+        """Pass on the caller's audio, at once. False: it is to be queued, for the pump is at work."""
+        intake = self._intake
+        if not self._idle or intake is None:
+            return False
+        try:
+            intake.hear(payload)
+            self._flush()
+        except Exception as error:
+            self._idle, self._failure = False, error
+        if self._full or self._more or self._stopped or self._failure is not None:
+            self._idle = False
+            self._line.subscription.nudge()
+        return True
+
     async def _pump(self) -> None:
         """Events into the ring and from there to the service, as long as the stream lasts, where that can't be done at once."""
         while not self._stopped and self._failure is None:
@@ -510,22 +525,22 @@ class WebsocketLink:
 
     def _flush(self) -> None:
         """Send what the connection takes. No send ever waits: what it does not take stays in the ring."""
-        connection = self._connection
+        connection, intake = self._connection, self._intake
         self._full = self._more = False
-        if connection is None or not connection.open:
+        if connection is None or intake is None or not connection.open:
             return
-        now, ring = self._loop.time(), self._ring
+        now, ring = self._loop.time(), intake.ring
         keep = connection.framed or now - connection.at < STABLE_SECS
         if not keep and not connection.released:
             ring.release()
             connection.released = True
+        full, waits = connection.full(now), True
         try:
-            if connection.acknowledge and not connection.full(now):
+            if connection.acknowledge and not full:
                 connection.acknowledge = False
                 connection.socket.write(acknowledgement(self._numbers.next - 1))
             messages = 0
-            while not connection.full(now) and (entry := ring.take(keep=keep)) is not None:
-                messages += 1
+            while not full and (entry := ring.take(keep=keep)) is not None:
                 try:
                     self._send(connection, entry)
                 except ConnectionError:
@@ -534,14 +549,20 @@ class WebsocketLink:
                 if self._stopped:
                     self._parting = connection.socket
                     return
+                waits = ring.waits
+                if not waits:
+                    break
+                messages += 1
                 if messages == MESSAGES_IN_A_ROW:
                     self._more = True
                     break
+                full = connection.full(now)
         except ConnectionError:
             connection.broken = True  # who receives sees it too, and ends the connection
             return
-        self._full = connection.level > FULL_BYTES
-        self._watch(connection, now)
+        self._full = full
+        if waits or self._slow or connection.level or connection.framed:
+            self._watch(connection, now)
 
     async def _part(self, socket: ServiceSocket) -> None:
         """Close in an orderly way; what a service that does not answer has not taken by then is not waited for."""
@@ -553,15 +574,16 @@ class WebsocketLink:
 
     def _send(self, connection: _Connection, entry: Frame | Word | Hole) -> None:
         socket = connection.socket
+        if type(entry) is Frame and not connection.framed:
+            socket.write(entry.payload)
+            return
         match entry:
-            case Frame() if connection.framed:
+            case Frame():
                 flags = entry.flags | (Flags.REPLAYED if entry.seq < connection.replay_seq else 0)
                 if entry.seq != connection.expected:
                     flags |= _DISCONTINUITY
                 connection.expected = entry.seq + 1
                 socket.write(pack(Header(self._service.track, flags, entry.seq, entry.pos), entry.payload))
-            case Frame():
-                socket.write(entry.payload)
             case Hole() if self._intake is not None:
                 socket.write(self._intake.told(entry))
             case Word():
@@ -642,10 +664,12 @@ class WebsocketLink:
         """One message of the service, unless it is so long that other calls should have their turn meanwhile."""
         if isinstance(message, str):
             self._obey(connection, message)
-        elif len(message) <= SLICE_BYTES:
+        elif len(message) > SLICE_BYTES:
+            return False
+        elif connection.framed or self._role == "listener":
             self._play(connection, message)
         else:
-            return False
+            self._convert(message)
         return True
 
     def _ended(self, message: WSMessage) -> _Ended:
