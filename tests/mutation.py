@@ -67,10 +67,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "gateway.recital": ("tests/test_recital.py", "tests/test_playout_machine.py"),
     "gateway.session": (
         "tests/test_session.py",
-        "tests/test_recital.py",
+        "tests/test_text_session.py",
         "tests/test_recording.py -k 'not quarter'",
-        "tests/test_playout_machine.py",
         "tests/test_reorder.py",
+        "tests/test_recital.py",
+        "tests/test_playout_machine.py",
     ),
     "gateway.tokens": ("tests/test_tokens.py",),
     "providers._json": ("tests/providers/test_json.py", "tests/providers/test_wire.py", "tests/providers/test_plivo.py"),

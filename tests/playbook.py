@@ -10,6 +10,7 @@ A script is lines. `>>` is what happens, `<<` is all that must come out of it, i
     >> clear                                                       << cut / << clear 20 40
     >> wait 100                 100 ms pass
     >> stop / stop played / hangup / drop / raw TEXT / say TEXT / spoken TEXT / barge_in / keys 12 / send 12
+    >> speech agent on / off    somebody starts or stops to sound  << speech agent
 
 `check(kind, script)` compares the conversation that took place with the script and shows the difference as a diff.
 """
@@ -38,6 +39,7 @@ from gateway.events import (
     Flow,
     Gap,
     Outcome,
+    Party,
     Play,
     Say,
     Speech,
@@ -59,9 +61,12 @@ L16_16K = MediaFormat(Encoding.PCM_S16LE, 16000)
 class Stage:
     """A session between a codec and the carrier half of the same protocol, on a clock that the test moves."""
 
-    def __init__(self, kind: str, *, media_format: MediaFormat = MULAW_8K, **options: object) -> None:
+    def __init__(self, kind: str, *, media_format: MediaFormat = MULAW_8K, listens: bool = False, **options: object) -> None:
+        """`listens`: to a call that others carry. `options` are the session's."""
         provider = providers.load(kind)
         settings: dict[str, object] = {"auth": "none"}
+        if listens:
+            settings |= {"mode": "listen", "then": "<Hangup/>"}
         if kind == "plivo_audio_streaming":
             settings["media_format"] = msgspec.to_builtins(media_format)
         self.codec = provider(msgspec.convert(settings, provider.Config)).codec()
@@ -305,6 +310,9 @@ def _act(stage: Stage, line: str, marks: list[str]) -> None:
             stage.tell(Transcript(rest))
         case "spoken":
             stage.tell(Spoken(rest))
+        case "speech":
+            who, _, state = rest.partition(" ")
+            stage.tell(Speech(Party(who), state == "on"))
         case "barge_in":
             stage.tell(BargeIn(rest, 100))
         case "raw":

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gateway.audio.g711 import encode_mulaw
 from gateway.ear import Ear
-from gateway.events import Audio, Checkpoint, Clear, Event, Gap, Start
+from gateway.events import Audio, Checkpoint, Clear, Dtmf, Event, Gap, Start, Stop, StopReason
 from gateway.media import MULAW_8K, Encoding, MediaFormat, Track
 from gateway.outbound import LARGEST_SILENCE_MS
 from gateway.recording import HOLD_MS, Layout
@@ -147,6 +147,47 @@ def test_who_listens_from_mid_speech_on_hears_it_at_its_time(kind: str, before_m
     # What the carrier had already is not ours to tell any more; from there to the cut.
     assert [ahead_ms, 700, 1000] == pytest.approx([track.index(LOUD) / 8, track.rindex(LOUD) / 8, len(track) / 8], abs=21)
     assert track.count(LOUD) / 8 == pytest.approx(700 - ahead_ms, abs=1)
+
+
+@pytest.mark.parametrize("kind", AUDIO_KINDS)
+def test_whatever_is_told_stands_behind_what_was_heard_up_to_then(kind: str) -> None:
+    stage = listening(Stage(kind))
+    stage.wait(13)
+    stage.tell(chunk(13, at=0))
+    stage.wait(9)
+    stage.tell(Dtmf("5"))
+    stage.wait(7)
+    stage.session.end(StopReason.CARRIER_CLOSED, stage.now)
+    told, ms = [], 0.0
+    for event in stage.events:
+        if isinstance(event, Audio) and event.track is Track.OUTBOUND:
+            ms += len(event.payload) / 8
+        else:
+            told.append((type(event), pytest.approx(ms, abs=0.2)))
+    assert told == [(Start, 0), (Audio, 13), (Dtmf, 22), (Stop, 29)]
+    assert stage.session.next_due() is None
+
+
+def test_while_nothing_happens_the_track_comes_in_chunks_of_20_ms() -> None:
+    stage = listening(Stage("twilio_media_streams"))
+    stage.wait(401)
+    assert [20] * 20 == [round(len(event.payload) / 8) for event in stage.events if isinstance(event, Audio)]
+
+
+@pytest.mark.parametrize("kind", AUDIO_KINDS)
+def test_the_track_is_as_long_as_the_carrier_says_that_it_is(kind: str) -> None:
+    """Its clock is fast, 100 ms come every 90. What is no audio or comes twice takes no time there, what is missing does."""
+    stage = listening(Stage(kind))
+    stage.wait(50)
+    stage.tell(Dtmf("5"))
+    stage.wait(40)
+    for at in (0, 100, 200, 360, 460):
+        for frame in [*stage.carrier.encode(chunk(100, at=at))] * (2 if at == 200 else 1):
+            stage.session.receive(frame, stage.now)
+        stage.wait(90)
+    stage.session.tell_heard(stage.now)
+    assert (800, 60) == (stage.session.duplicate_bytes, stage.session.gap_ms)
+    assert pytest.approx(560 + 90, abs=0.2) == len(heard(stage.events)) / 8
 
 
 @settings(max_examples=60, deadline=None)

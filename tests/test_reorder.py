@@ -65,14 +65,15 @@ def say(number: int) -> bytes:
 class Stage:
     """A session and the frames of a carrier, to be sent in any order."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, *, numbered_start: bool = True) -> None:
         provider = providers.load(kind)
         self.carrier = provider.carrier()
         codec = provider(provider.Config(auth="none")).codec()
         assert isinstance(codec, Numbered)
         self.told: list[Event] = []
         self.session = Session(codec, emit=self.told.append, note=lambda what, values: None)
-        self.receive(self.carrier.encode(Start("s", "c", media_format=MULAW_8K)))
+        start = self.carrier.encode(Start("s", "c", media_format=MULAW_8K))
+        self.receive(start if numbered_start else [str(frame).replace('"sequenceNumber"', '"was"') for frame in start])
 
     def receive(self, frames: object) -> None:
         for frame in frames:  # type: ignore[attr-defined]
@@ -209,3 +210,54 @@ def test_f7_numbers_that_are_none_leave_everything_as_it_comes(kind: str, number
     frames = [str(stage.frame(each)).replace('"sequenceNumber":', f'"sequenceNumber":{number},"was":') for each in range(6)]
     stage.receive([frames[0], frames[3], frames[1], frames[4]])
     assert [0, -2 * FRAME_MS, 3, 4] == stage.heard
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_f7_whoever_has_given_no_number_yet_has_left_none_out(kind: str) -> None:
+    stage = Stage(kind, numbered_start=False)
+    frames = [stage.frame(number) for number in range(4)]
+    stage.receive(frames[1:])
+    assert [1, 2, 3] == stage.heard
+
+
+def key(stage: Stage) -> str:
+    """A frame that is no audio, with the carrier's next number."""
+    (frame,) = stage.carrier.encode(Dtmf("5"))
+    return str(frame)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("broken", [False, True])
+def test_f7_a_frame_that_is_no_audio_has_its_place_in_the_order(kind: str, broken: bool) -> None:
+    stage = Stage(kind)
+    frames = [stage.frame(0), stage.frame(1), key(stage), stage.frame(2)]
+    if broken:
+        frames[2] = str(frames[2]).replace('"digit":"5"', '"digit":[]')
+    stage.receive([frames[0], frames[2], frames[3]])
+    assert [0] == stage.heard
+    assert (not broken) == (Dtmf("5") in stage.told), "what is no audio waits for none"
+    stage.receive([frames[1]])
+    assert [0, 1, 2] == stage.heard
+    assert broken == bool(stage.session.bad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_f7_a_frame_without_number_and_audio_ends_no_waiting_and_audio_without_number_does(kind: str) -> None:
+    for numbered, expected in ((True, [0, 1, 2]), (False, [0, -FRAME_MS, 2, 3])):
+        stage = Stage(kind)
+        frames = [stage.frame(each) for each in range(4)]
+        stage.receive([frames[0], frames[2], '{"event": "surprise"}'])
+        assert [0] == stage.heard
+        stage.receive([frames[1] if numbered else str(frames[3]).replace('"sequenceNumber"', '"was"')])
+        assert expected == stage.heard
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_f7_once_all_are_in_order_a_number_left_out_holds_nothing_up(kind: str) -> None:
+    """Only together with time that is missing is it a frame of audio, and may come."""
+    stage = Stage(kind)
+    frames = [stage.frame(number) for number in range(3)]
+    stage.receive([frames[0], frames[2], frames[1]])
+    key(stage)
+    stage.receive([stage.frame(3)])
+    assert [0, 1, 2, 3] == stage.heard

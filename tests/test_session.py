@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+import re
+import weakref
+
 import pytest
 
 import providers
-from gateway.events import Account, Audio, Checkpoint, Clear, Dtmf, Fault, Flow, FlowState, Say, Start, Stop, StopReason, Unknown
+from gateway.events import (
+    Account,
+    After,
+    Audio,
+    Checkpoint,
+    Clear,
+    Dtmf,
+    Fault,
+    Flow,
+    FlowState,
+    Outcome,
+    Say,
+    Start,
+    Stop,
+    StopReason,
+    Unknown,
+)
 from gateway.media import MULAW_8K
 from tests.playbook import AUDIO_KINDS, L16_16K, Stage, check
 
@@ -90,7 +109,16 @@ def test_a_hole_in_the_timestamps_is_told_and_a_duplicate_is_dropped(kind: str) 
         << heard 20
         """,
     )
-    assert 160 == stage.session.duplicate_bytes
+    assert (160, 60) == (stage.session.duplicate_bytes, stage.session.gap_ms)
+
+
+def test_audio_without_timestamps_is_passed_on_as_it_comes(kind: str) -> None:
+    stage = Stage(kind)
+    stage.start()
+    for frame in [frame for _ in range(3) for frame in stage.carrier.encode(_caller(stage, 0))]:
+        stage.session.receive(re.sub(r'"timestamp":"\d+",', "", str(frame)), stage.now)
+    assert [None] * 3 == [event.timestamp_ms for event in stage.events if isinstance(event, Audio)]
+    assert (480, 0, 0) == (stage.session.received_bytes, stage.session.duplicate_bytes, stage.session.gap_ms)
 
 
 def test_a_checkpoint_is_played_when_the_carrier_says_so(kind: str) -> None:
@@ -283,6 +311,7 @@ def test_a_mark_that_never_returns_is_taken_as_played_five_seconds_after_it_was_
         """,
     )
     assert ["checkpoint_unconfirmed"] == stage.notes
+    assert [{"name": "a", "waited_secs": 5.0}] == stage.details
 
 
 def test_checkpoints_still_pending_at_the_end_are_lost(kind: str) -> None:
@@ -304,6 +333,52 @@ def test_checkpoints_still_pending_at_the_end_are_lost(kind: str) -> None:
         << checkpoint a lost 100
         << checkpoint b lost 0
         << stop carrier_closed
+        """,
+    )
+
+
+@pytest.mark.parametrize(("reason", "heard_ms"), [(StopReason.CARRIER_CLOSED, 450), (StopReason.DRAIN, 500)])
+def test_a_carrier_that_hangs_up_did_so_before_we_know(kind: str, reason: StopReason, heard_ms: int) -> None:
+    """By as much as its echoes are late; what we end ourselves ends when we say so."""
+    stage = check(
+        kind,
+        """
+        >> start
+        << start
+        >> audio 100
+        << media 100
+        >> checkpoint a
+        << mark 1
+        >> wait 150
+        >> echo 1
+        << checkpoint a played 100
+        >> audio 1000
+        << media 240
+        >> checkpoint b
+        >> wait 500
+        << media 480
+        """,
+    )
+    stage.session.end(reason, stage.now)
+    assert [Checkpoint("b", Outcome.LOST, heard_ms), _stop(stage)] == stage.events[-2:]
+    assert {Outcome.PLAYED: 1, Outcome.LOST: 1} == stage.session.outcomes
+
+
+def test_last_words_leave_at_once_and_their_end_is_confirmed(kind: str) -> None:
+    """Less than a frame of them would wait for company; that they are over is known by a mark of our own."""
+    check(
+        kind,
+        """
+        >> start
+        << start
+        >> audio 107
+        << media 100
+        >> stop played
+        << media 7
+        << mark 1
+        >> wait 150
+        >> echo 1
+        << stop service_stop
         """,
     )
 
@@ -396,8 +471,6 @@ def test_what_the_wire_cannot_say_comes_back_as_a_fault_with_its_ref(kind: str) 
     stage = Stage(kind)
     stage.start()
     stage.events.clear()
-    from gateway.events import Fault, Say
-
     stage.perform(Say("hello", ref="s1"))
     (fault,) = stage.events
     assert isinstance(fault, Fault)
@@ -443,30 +516,24 @@ def test_too_much_rubbish_in_too_little_time_ends_the_stream(kind: str) -> None:
     assert 1 == sum(type(event).__name__ == "Stop" for event in stage.events)
 
 
-def _start(stage: Stage):  # type: ignore[no-untyped-def]
-    from gateway.events import Start
-
+def _start(stage: Stage) -> Start:
     return Start("MZ" + "0" * 32, "CA" + "1" * 32, "AC" + "2" * 32, media_format=stage.media_format)
 
 
-def _caller(stage: Stage, at: int):  # type: ignore[no-untyped-def]
-    from gateway.events import Audio
-
+def _caller(stage: Stage, at: int) -> Audio:
     return Audio(b"\x40" * 160, timestamp_ms=at)
 
 
 def test_commands_for_a_carrier_that_does_not_read_are_bounded(kind: str) -> None:
-    from gateway.events import Dtmf, Fault
-    from gateway.session import MOST_FRAMES
-
     stage = Stage(kind)
     stage.start()
     if Dtmf not in stage.codec.accepts:
         return
-    for n in range(MOST_FRAMES + 3):
+    for n in range(1003):
         stage.session.perform(Dtmf("1", ref=n), stage.now)
+    message = "1000 frames wait for the carrier already"
     refused = [event for event in stage.events if isinstance(event, Fault)]
-    assert [("carrier_stalled", MOST_FRAMES + n) for n in range(3)] == [(fault.code, fault.ref) for fault in refused]
+    assert [Fault("carrier_stalled", message, 1000 + n) for n in range(3)] == refused
 
 
 def test_a_carrier_that_confirms_nothing_is_remarked_on_once(kind: str) -> None:
@@ -536,6 +603,15 @@ def test_a_remark_is_short(kind: str) -> None:
     assert len(str(stage.details[0]["detail"])) <= 200
 
 
+def test_a_long_remark_is_cut(kind: str) -> None:
+    """Of a second start, which names both streams."""
+    stage = Stage(kind)
+    for stream_id in ("M" * 256, "N" * 256):
+        for frame in providers.load(kind).carrier().encode(Start(stream_id, "CA" + "1" * 32, media_format=MULAW_8K)):
+            stage.session.receive(frame, stage.now)
+    assert "second_start: the stream is " + "M" * 172 == stage.details[0]["detail"]
+
+
 def test_before_the_start_nothing_but_audio_is_kept(kind: str) -> None:
     stage = Stage(kind)
     stage.session.receive('{"event": "surprise"}', stage.now)
@@ -559,7 +635,7 @@ def test_before_the_start_nothing_but_audio_is_kept(kind: str) -> None:
 def test_frames_and_what_is_on_its_way_are_counted(kind: str) -> None:
     stage = Stage(kind)
     stage.start()
-    begun = stage.session.frames_in
+    begun = len([*providers.load(kind).carrier().encode(_start(stage))])
     stage.tell(_caller(stage, 0))
     stage.tell(_caller(stage, 20))
     stage.perform(Audio(b"\x55" * 8 * 500))
@@ -591,6 +667,42 @@ def test_faults_are_told_and_counted_until_the_stream_is_over(kind: str) -> None
     assert isinstance(stage.events[-1], Stop)
 
 
+def test_what_would_come_behind_the_last_words_is_refused_with_the_reason(kind: str) -> None:
+    stage = Stage(kind)
+    stage.start()
+    for command in (Audio(b"\x55" * 800), Stop(after=After.PLAYED), *[Audio(b"\x55")] * 2, Checkpoint("a", ref=1)):
+        stage.perform(command)
+    why = "the stream ends once the queue has played: nothing can be added"
+    assert [Fault("stopping", why), Fault("stopping", why, 1)] == stage.events[1:]
+
+
+def test_a_stream_that_we_only_hear_takes_nothing_and_is_followed_by_the_carrier_itself(kind: str) -> None:
+    stage = Stage(kind, listens=True)
+    stage.start()
+    stage.session.follow_playout(stage.now)
+    stage.tell(_caller(stage, 0))
+    for command in (*[Audio(b"\x55" * 160)] * 2, Say("hello", ref=1)):
+        stage.perform(command)
+    stage.wait(100)
+    why = "this stream can't carry out '{}'; it accepts: nothing"
+    assert [
+        _caller(stage, 0),
+        Fault("unsupported_command", why.format("audio")),
+        Fault("unsupported_command", why.format("say"), 1),
+    ] == stage.events[1:]
+
+
+def test_who_has_released_a_session_is_held_by_it_no_more(kind: str) -> None:
+    stage = Stage(kind)
+    stage.start()
+    stage.session.end(StopReason.CARRIER_CLOSED, stage.now)
+    session, whoever = stage.session, weakref.ref(stage)
+    session.release()
+    del stage
+    assert whoever() is None
+    assert session.over
+
+
 def test_what_is_not_accepted_is_refused_in_a_sentence(kind: str) -> None:
     stage = Stage(kind)
     stage.start()
@@ -610,6 +722,25 @@ def test_a_full_queue_is_told_again_once_it_has_drained(kind: str) -> None:
     message = "the playout queue holds 1000 ms and is full: the newest audio was refused"
     once = [Fault("playout_overflow", message), Flow(FlowState.PAUSE, 1000), Flow(FlowState.RESUME, 220)]
     assert once * 2 == [event for event in stage.events if isinstance(event, Fault | Flow)]
+
+
+def test_a_service_is_to_pause_when_the_queue_is_half_full_to_the_byte(kind: str) -> None:
+    stage = Stage(kind, capacity_ms=1000)
+    stage.start()
+    for size in (3999, 1):
+        assert 1 == len(stage.events)
+        stage.session.perform(Audio(b"\x55" * size), stage.now)
+    assert [Flow(FlowState.PAUSE, 500)] == stage.events[1:]
+
+
+def test_two_minutes_may_be_queued_where_nothing_else_is_said(kind: str) -> None:
+    stage = Stage(kind)
+    stage.start()
+    stage.session.perform(Audio(b"\x55" * 8 * 120_000), stage.now)
+    assert [Flow(FlowState.PAUSE, 120_000)] == stage.events[1:]
+    stage.session.perform(Audio(b"\x55"), stage.now)
+    message = "the playout queue holds 120000 ms and is full: the newest audio was refused"
+    assert [Fault("playout_overflow", message)] == stage.events[2:]
 
 
 def test_a_clear_lets_a_service_go_on_at_once(kind: str) -> None:
