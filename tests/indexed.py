@@ -10,6 +10,7 @@ import asyncio
 import json
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import aiohttp
@@ -48,7 +49,8 @@ class Heard:
 class IndexedService:
     """`heard` by the carrier's call id; `url` for the configuration."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self.host = host
         self.heard: dict[str, Heard] = {}
         self.stops: dict[str, dict[str, Any]] = {}
         self.said: dict[str, int] = {}
@@ -59,7 +61,7 @@ class IndexedService:
 
     @property
     def url(self) -> str:
-        return f"ws://127.0.0.1:{self.port}/"
+        return f"ws://{self.host}:{self.port}/"
 
     @property
     def configuration(self) -> dict[str, object]:
@@ -75,7 +77,7 @@ class IndexedService:
         app.router.add_get("/", self._serve)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0, backlog=1024).start()
+        await web.TCPSite(self._runner, self.host, 0, backlog=1024).start()
         self.port = self._runner.addresses[0][1]
         return self
 
@@ -84,7 +86,10 @@ class IndexedService:
 
     async def _serve(self, request: web.Request) -> web.WebSocketResponse:
         socket = web.WebSocketResponse(protocols=("telephony-gateway.v1.raw",), compress=False)
-        await socket.prepare(request)
+        try:
+            await socket.prepare(request)
+        except ConnectionResetError:
+            return socket  # the gateway has given up
         first = await socket.receive()
         if first.type is not aiohttp.WSMsgType.TEXT:
             return socket  # the call was over before it was told
@@ -170,7 +175,8 @@ async def talk(callers: Sequence[IndexedCaller], secs: float) -> None:
     for tick in range(round(secs * 1000)):
         for caller in callers[tick % 20 :: 20]:
             if not caller.closed.is_set():
-                await caller.say()
+                with suppress(aiohttp.ClientConnectionResetError):  # it is being closed, and `closed` comes next
+                    await caller.say()
         due += 0.001
         if (wait := due - loop.time()) > 0.0005:
             await asyncio.sleep(wait)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import struct
 import sys
@@ -211,6 +212,7 @@ async def main() -> None:
     parser.add_argument("--call", action="append", default=[], help="provider whose calls go to the service of this process")
     parser.add_argument("--rate", type=float, default=1e6, help="frames a second, at most")
     given = parser.parse_args()
+    os.nice(19)  # in life this is another machine: it has what the gateway and its neighbours' callers leave
     rubbish = Rubbish(given.seed)
     await rubbish.listen(given.listen)
     reader = asyncio.StreamReader()

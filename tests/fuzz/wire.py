@@ -25,6 +25,8 @@ from tests.processes import gateway
 
 CARRIERS = {"twilio": "twilio_media_streams", "relay": "twilio_conversation_relay", "plivo": "plivo_audio_streaming"}
 NEIGHBOURS = 4
+LOOK_SECS = 0.05
+"""Often, so that there is little of the log to read each time: the neighbours' callers are in the same process."""
 LARGEST_GROWTH_KIB = 4096
 """Of the resident memory, from a fifth of the frames to the end."""
 
@@ -75,7 +77,8 @@ async def run(
         served = ["--call=bot", "--call=bot_relay", f"--listen={rubbish}"] if job == 0 else []
         hammers.append(await _hammer(seed + job, [*arguments, *served]))
     bad: Counter[str] = Counter()
-    taken = streams = 0
+    taken = streams = blocked = 0
+    late = 0.0
     rss: list[int] = []
     with TemporaryDirectory() as directory:
         async with (
@@ -89,10 +92,13 @@ async def run(
                 process.stdin.write(f"{running.port}\n".encode())
 
             async def watch() -> None:
-                nonlocal taken, streams
+                nonlocal taken, streams, blocked, late
                 while taken < count and monotonic() - began < secs:
-                    await asyncio.sleep(0.2)
+                    slept_at = monotonic()
+                    await asyncio.sleep(LOOK_SECS)
+                    late = max(late, monotonic() - slept_at - LOOK_SECS)
                     for entry in running.new_entries():
+                        blocked += entry["event"] == "event_loop_blocked"
                         if entry["event"] == "stream_ended" and entry["provider"] != "neighbour":
                             taken += entry["frames_in"]
                             streams += 1
@@ -149,6 +155,9 @@ async def run(
         "neighbours_losses": found[:10],
         "neighbours_p50_ms": round(quantile(times, 0.5), 2),
         "neighbours_p99_9_ms": round(quantile(times, 0.999), 2),
+        "neighbours_worst_ms": round(times[-1], 2) if times else 0.0,
+        "callers_late_ms": round(1000 * late, 2),
+        "gateway_blocked": blocked,
         "rss_first_kib": rss[0] if rss else 0,
         "rss_growth_kib": rss[-1] - rss[0] if rss else 0,
         "log_errors": errors[:10],
