@@ -30,8 +30,8 @@ _TRY = (
 
 
 def command(*words: str) -> list[str]:
-    """As the root of a new namespace: of the host's root, or of a user who is nobody outside."""
-    return ["unshare", "-n" if os.geteuid() == 0 else "-rn", *words]
+    """As the root of a new namespace: of the host's root, or of a user who is nobody outside. What it starts ends with it."""
+    return ["unshare", "-n" if os.geteuid() == 0 else "-rn", "--pid", "--fork", "--kill-child", *words]
 
 
 @cache
@@ -64,7 +64,7 @@ class Line:
         self.name = f"line{number}"
         self.near, self.far = f"127.9.{number}.1", f"127.9.{number}.2"
         self._delay_ms, self._jitter_ms, self._rate = delay_ms, jitter_ms, rate
-        self._carrier: subprocess.Popen[bytes]
+        self._pump: subprocess.Popen[bytes]
 
     def __enter__(self) -> Line:
         device = os.open("/dev/net/tun", os.O_RDWR)
@@ -74,16 +74,14 @@ class Line:
         if self._rate:
             _do(f"tc qdisc add dev {self.name} root tbf rate {self._rate}bit burst 3kb limit 1mb")
         arguments = map(str, (device, self._delay_ms / 1000, self._jitter_ms / 1000))
-        self._carrier = subprocess.Popen(
-            [sys.executable, "-m", "tests.netns", *arguments], pass_fds=[device], stdin=subprocess.PIPE
-        )
+        self._pump = subprocess.Popen([sys.executable, "-m", "tests.netns", *arguments], pass_fds=[device], stdin=subprocess.PIPE)
         os.close(device)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        assert self._carrier.stdin is not None
-        self._carrier.stdin.close()
-        self._carrier.wait(5)
+        assert self._pump.stdin is not None
+        self._pump.stdin.close()
+        self._pump.wait(10)
 
 
 def lose(lines: list[Line], percent: int) -> None:
