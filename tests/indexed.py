@@ -84,12 +84,12 @@ class IndexedService:
     async def __aexit__(self, *_: object) -> None:
         await self._runner.cleanup()
 
-    async def _serve(self, request: web.Request) -> web.WebSocketResponse:
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
         socket = web.WebSocketResponse(protocols=("telephony-gateway.v1.raw",), compress=False)
         try:
             await socket.prepare(request)
         except ConnectionResetError:
-            return socket  # the gateway has given up
+            return web.Response()  # the gateway has given up
         first = await socket.receive()
         if first.type is not aiohttp.WSMsgType.TEXT:
             return socket  # the call was over before it was told
