@@ -1,6 +1,6 @@
 """Calls over lines that lose packets (T6): real TCP, in a network namespace of its own.
 
-    python -m tests.packet_loss --calls 8 --secs 30 --store
+    python -m tests.packet_loss --calls 8 --secs 20 --store
 
 Both lines of every call, the carrier's to the gateway and the gateway's to the service, lose a share of all packets in both
 directions, from before the calls are dialled. Callers speak numbered frames both ways. How long frames take is compared with what
@@ -221,7 +221,7 @@ def wrong(figures: dict[str, Any]) -> list[str]:
 def main() -> int:
     parser = ArgumentParser(prog="python -m tests.packet_loss")
     parser.add_argument("--calls", type=int, default=8)
-    parser.add_argument("--secs", type=float, default=10.0, help="of each of two windows, with losses and without")
+    parser.add_argument("--secs", type=float, default=20.0, help="of each of two windows, with losses and without")
     parser.add_argument("--jobs", type=int, default=3, help="lines at the same time, each in its namespace")
     parser.add_argument("--store", action="store_true")
     parser.add_argument("--inside", help="for itself")

@@ -25,9 +25,9 @@ async def test_t6_one_packet_in_twenty_is_lost_and_no_frame() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("lines", ALL, ids=str)
 async def test_t6_no_frame_is_lost_or_out_of_order_however_bad_the_lines(lines: Lines) -> None:
-    figures = await packet_loss.run(lines, calls=8, secs=10.0)
+    figures = await packet_loss.run(lines, calls=8, secs=20.0)
     assert figures["packets_dropped"] > figures["packets"] * lines.loss_percent / 200
-    assert figures["frames_each_way"] >= 8000
+    assert figures["frames_each_way"] >= 8000  # half of it where calls may be given up
     assert [] == packet_loss.wrong(figures)
 
 
