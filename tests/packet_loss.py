@@ -31,8 +31,8 @@ FRAME_MS = 20.0
 SETTLE_SECS = 30
 DIALS = 10
 """So often a caller tries who gets no answer."""
-HARMLESS = {"media_stalled", "service_slow"}
-"""Warnings that tell of a bad line, and change nothing: a caller who waits until the others are through, and lag."""
+HARMLESS = {"media_stalled", "service_slow", "event_loop_blocked"}
+"""Warnings that change nothing: a caller who waits until the others are through, lag, and other work of this machine."""
 GIVEN_UP = {"carrier_vanished", "service_away", "service_lost"}
 """Above 5 %: a connection over which nothing has come for four seconds, or that was not made in time."""
 
