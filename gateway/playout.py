@@ -66,7 +66,7 @@ class Playout:
         self._rate = media_format.bytes_per_second
         self._lead = limits.lead_ms / 1000
         self._unit = media_format.bytes_for(limits.frame_ms)
-        self._largest = media_format.bytes_for(limits.max_frame_ms)
+        self._largest = media_format.bytes_for(limits.max_frame_ms) // self._unit * self._unit
         self._capacity = media_format.bytes_for(capacity_ms)
         self._chunks: deque[bytes] = deque()
         self._offset = 0  # bytes of the first chunk that are gone already
@@ -104,12 +104,12 @@ class Playout:
         size, room = len(payload), self._capacity - self.queued_bytes
         refused = size - room if size > room else 0
         if refused:
-            payload = payload[: room - room % self.sample_bytes]
+            payload = payload[:room]
             size = len(payload)
             self.refused += refused
         if size:
             chunks = self._chunks
-            if len(chunks) > 1 and len(chunks[-1]) + size <= self._unit:
+            if chunks and len(chunks[-1]) + size <= self._unit:
                 chunks[-1] += payload  # tiny chunks would be bounded in time but not in number
             else:
                 chunks.append(payload)
@@ -130,11 +130,9 @@ class Playout:
 
     def end(self) -> None:
         """Nothing more will be queued: the last words must not wait for company, and their end is to be confirmed."""
-        if self.ending:
-            return
         self.ending = True
         marks = self._unsent or self.awaited
-        if max(self._heard, marks[-1].position if marks else 0) < self._accepted:
+        if (marks[-1].position if marks else self._heard) < self._accepted:
             self.checkpoint(None)
 
     def clear(self, now: float) -> tuple[bool, list[Checkpoint | Clear]]:
@@ -171,12 +169,12 @@ class Playout:
             mark.due = max(now, self._dry_at)
             self.awaited.append(mark)
             return Checkpoint(mark.wire)
-        if now < self._dry_at - self._lead or (run < self._unit and now < self._frame_due(run)):
+        if now < self._frame_due(run):
             return None
         size = run
         if run > self._unit:
             size = min(run, self._largest)
-            if size == self._largest or not self._flushing:
+            if not self._unsent:
                 size -= size % self._unit
         begins = self._dry_at < now
         if begins:
@@ -193,8 +191,7 @@ class Playout:
 
     def next_due(self) -> float | None:
         """When `next_frame` or `overdue` will have something, if nothing else happens; None: never. May lie in the past."""
-        run = self._unsent[0].position - self._sent if self._unsent else self.queued_bytes
-        due = self._frame_due(run) if run else None
+        due = self._frame_due(self.queued_bytes) if self.queued_bytes else None
         if self.awaited:
             confirm = _deadline(self.awaited[0])
             due = confirm if due is None else min(due, confirm)
@@ -281,22 +278,15 @@ class Playout:
 
     def position(self, now: float) -> int:
         """Bytes that the caller has heard since the last clear."""
-        if not self._sent:
-            return 0
         ahead = ceil(max(0.0, self._dry_at - now) * self._rate - ROUNDING)
         ahead += -ahead % self.sample_bytes
         return max(self._heard, self._sent - ahead)
 
     # --- inside ---
 
-    @property
-    def _flushing(self) -> bool:
-        """Whether the run ends for good, so that its last piece must not wait for company."""
-        return bool(self._unsent) or self.ending
-
     def _frame_due(self, run: int) -> float:
         due = self._dry_at - self._lead
-        if run < self._unit and not self._flushing:
+        if run < self._unit and not self._unsent:  # nothing ends with this piece: it may wait for company
             patience = self._arrived_at + RESIDUE_SECS
             if self._dry_at > self._arrived_at:
                 patience = min(patience, max(self._arrived_at, self._dry_at - DRY_SECS))
@@ -316,30 +306,16 @@ class Playout:
         return [Checkpoint(mark.name, outcome, self._ms(max(0, min(heard, mark.position) - boundary)))]
 
     def _take(self, size: int) -> bytes:
-        first = self._chunks[0]
-        end = self._offset + size
-        if end < len(first):
-            payload = first[self._offset : end]
-            self._offset = end
-            return payload
-        if end == len(first):
-            self._chunks.popleft()
-            payload = first[self._offset :] if self._offset else first
-            self._offset = 0
-            return payload
-        parts = [first[self._offset :]]
-        missing = size - len(parts[0])
-        self._chunks.popleft()
-        self._offset = 0
-        while missing:
-            chunk = self._chunks[0]
-            if len(chunk) > missing:
-                parts.append(chunk[:missing])
-                self._offset = missing
-                break
-            parts.append(chunk)
-            missing -= len(chunk)
-            self._chunks.popleft()
+        parts: list[bytes] = []
+        while size:
+            first = self._chunks[0]
+            part = first[self._offset : self._offset + size]
+            parts.append(part)
+            size -= len(part)
+            self._offset += len(part)
+            if self._offset == len(first):
+                self._chunks.popleft()
+                self._offset = 0
         return b"".join(parts)
 
     def _empty(self) -> None:

@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import sys
+import tracemalloc
 from random import Random
 
 import pytest
 
 from gateway.ear import Ear, Fate
 from gateway.events import Account, After, Audio, Checkpoint, Clear, Fault, Outcome, Stop, StopReason
-from gateway.media import MULAW_8K, MediaFormat
-from gateway.playout import CONFIRM_SECS, Playout
+from gateway.media import MULAW_8K, Encoding, MediaFormat
+from gateway.playout import CONFIRM_SECS, MOST_PENDING, Playout
 from gateway.provider import Limits
 from tests.playbook import AUDIO_KINDS, L16_16K, Phone, Stage
 from tests.test_playout_machine import LINES, Conversation
@@ -33,6 +34,7 @@ class Line:
         self.ear = Ear(media_format, jitter_ms=jitter_ms)
         self.now = 100.0
         self.sizes: list[float] = []  # milliseconds of each frame
+        self.left = bytearray()  # the audio of all frames
         self.most_ahead_ms = 0.0
 
     def push(self, ms: float, byte: bytes = b"\x55") -> int:
@@ -45,6 +47,7 @@ class Line:
             if isinstance(item, Audio):
                 self.sizes.append(self.media_format.duration_ms(len(item.payload)))
                 self.ear.media(item.payload, self.now)
+                self.left += item.payload
             else:
                 self.ear.checkpoint(item.name, self.now)
             self.most_ahead_ms = max(self.most_ahead_ms, self.ear.buffered_ms(self.now))
@@ -53,6 +56,7 @@ class Line:
         """Time passes; each wake-up is late by up to `late_ms`."""
         while (due := self.playout.next_due()) is not None and due <= until:
             self.now = max(self.now, due) + (random.uniform(0, late_ms) / 1000 if random else 0.0)
+            self.playout.overdue(self.now)
             self.pump()
         self.now = max(self.now, until)
         self.ear.advance(self.now)
@@ -123,6 +127,41 @@ def test_residues_never_starve_the_carrier(media_format: MediaFormat, chunk_ms: 
     assert chunk_ms >= 1 or len(line.sizes) <= 2 * 4000 / 20 + 10, "not a frame for each sample"
 
 
+@FORMATS
+@pytest.mark.parametrize("seed", range(5))
+def test_what_leaves_is_what_was_queued_however_it_was_cut(media_format: MediaFormat, seed: int) -> None:
+    line, random = Line(media_format), Random(seed)
+    queued = bytearray()
+    for _ in range(300):
+        samples = random.choice((1, 1, 1, 7, 79, 80, 80, 160, 161, 320, 333, 5000))
+        payload = random.randbytes(samples * media_format.sample_bytes)
+        queued += payload
+        assert 0 == line.playout.push(payload, line.now)
+        if random.random() < 0.2:
+            line.playout.checkpoint("a")
+        line.pump()
+        line.run(line.now + random.choice((0, 0, 0.001, 0.02, 0.3)))
+    line.run(line.now + 200)
+    assert queued == line.left
+    assert 0 == line.playout.queued_bytes
+    assert max(line.sizes) <= 60
+
+
+@pytest.mark.parametrize("piece", [1, 80, 160])
+def test_a_queue_of_tiny_pieces_takes_hardly_more_memory_than_their_sound(piece: int) -> None:
+    playout = Playout(MULAW_8K, Limits(), capacity_ms=120_000)
+    playout.push(b"\x55" * 500, 100.0)
+    tracemalloc.start()
+    try:
+        for _ in range(32_000 // piece):
+            playout.push(bytes(bytearray(piece)), 100.0)
+        held, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 32_500 == playout.queued_bytes
+    assert 32_000 < held < most < 1.4 * 32_000
+
+
 def test_a_residue_in_a_backlog_waits_for_its_frame() -> None:
     line = Line()
     line.push(133)
@@ -130,6 +169,44 @@ def test_a_residue_in_a_backlog_waits_for_its_frame() -> None:
     line.run(100.015)
     line.push(7)
     assert [60, 60, 20] == line.sizes
+
+
+def test_frames_are_whole_but_for_the_last_words() -> None:
+    line = Line()
+    line.push(53)
+    assert [40] == line.sizes
+    line.run(100.021)
+    assert [40, 13] == line.sizes
+    line.playout.push(b"\x55" * 8 * 53, line.now)
+    line.playout.checkpoint("a")
+    line.pump()
+    assert [40, 13, 53] == line.sizes
+    odd = Playout(MULAW_8K, Limits(max_frame_ms=50), capacity_ms=1000)
+    odd.push(b"\x55" * 8 * 93, 100.0)
+    odd.checkpoint("a")
+    assert [40, 40, 13] == [len(item.payload) / 8 for _ in range(3) if isinstance(item := odd.next_frame(100.0), Audio)]
+
+
+def test_a_whole_frame_waits_for_nothing_but_the_lead() -> None:
+    line = Line()
+    line.playout.push(b"\x55" * 8 * 205, line.now)
+    line.playout.checkpoint("a")
+    line.pump()
+    line.push(20)
+    assert 160 == line.playout.queued_bytes
+    assert 100.005 == pytest.approx(line.playout.next_due())
+    line.run(100.006)
+    assert 0 == line.playout.queued_bytes
+
+
+def test_a_residue_waits_20_ms_if_the_carrier_has_nothing_to_play_anyway() -> None:
+    playout = Playout(MULAW_8K, Limits(), capacity_ms=1000)
+    playout.push(b"\x55" * 160, -0.02)
+    assert isinstance(playout.next_frame(-0.02), Audio)
+    playout.push(b"\x55" * 56, 0.0)  # played to the end at this very moment
+    assert playout.next_frame(0.0) is None
+    assert 0.02 == playout.next_due()
+    assert Audio(b"\x55" * 56) == playout.next_frame(0.02)
 
 
 def test_the_last_residue_goes_out_with_its_checkpoint() -> None:
@@ -202,6 +279,15 @@ def test_underruns_are_counted_where_the_ear_hears_them() -> None:
         assert expected == line.playout.underruns, at
 
 
+@pytest.mark.parametrize(("silent", "underruns"), [(0.005, 0), (0.0051, 1), (0.4999, 1), (0.5, 0)])
+def test_a_hole_is_longer_than_a_jitter_buffer_and_shorter_than_a_pause(silent: float, underruns: int) -> None:
+    playout = Playout(MULAW_8K, Limits(), capacity_ms=1000)
+    for now in (-0.02, silent):
+        playout.push(b"\x55" * 160, now)
+        assert isinstance(playout.next_frame(now), Audio)
+    assert underruns == playout.underruns
+
+
 def test_a_clear_is_no_underrun() -> None:
     line = Line()
     line.push(100)
@@ -236,6 +322,48 @@ def test_a_checkpoint_behind_audio_that_was_heard_whole_is_played_although_a_cle
     assert (True, [Checkpoint("a", PLAYED, 20), Clear(0, 0)]) == line.playout.clear(line.now)
 
 
+def test_a_single_sample_is_cleared_counted_and_confirmed_like_any_other() -> None:
+    line = Line()
+    line.playout.push(b"\x55", line.now)
+    line.playout.end()
+    line.pump()
+    assert 1 == len(line.playout.awaited), "its end is to be confirmed"
+    assert [] == line.playout.confirm("g0.1", 100.01)
+    assert (True, [Clear(0, 0)]) == line.playout.clear(100.01)
+    line.playout.checkpoint("a")
+    line.pump()
+    assert ["g1.2"] == [mark.wire for mark in line.playout.awaited], "the clears before it, and its number"
+
+
+@pytest.mark.parametrize(("samples", "ms"), [(3, 0), (4, 0), (5, 1), (11, 1), (12, 2)])
+def test_milliseconds_are_those_next_to_what_was_heard(samples: int, ms: int) -> None:
+    line = Line()
+    line.playout.push(b"\x55" * samples, line.now)
+    line.playout.checkpoint("a")
+    line.pump()
+    assert [Checkpoint("a", PLAYED, ms)] == line.playout.confirm("g0.1", 100.1)
+
+
+def test_5000_checkpoints_may_be_pending_sent_or_not() -> None:
+    line = Line()
+    assert all(line.playout.checkpoint("sent") for _ in range(1000))
+    line.pump()
+    line.push(1000)
+    assert all(line.playout.checkpoint("unsent") for _ in range(4000))
+    assert False is line.playout.checkpoint("one more")
+    assert MOST_PENDING == len(line.playout.pending) == 5000
+
+
+def test_an_echo_proves_what_was_heard_whatever_the_clock_says() -> None:
+    line = Line()
+    line.push(100)
+    line.playout.checkpoint("a")
+    line.push(100)
+    assert [Checkpoint("a", PLAYED, 100)] == line.playout.confirm("g0.1", 100.05)
+    assert (800, 800, 808) == tuple(line.playout.position(at) for at in (100.05, 100.1, 100.101))
+    assert [Clear(0, 100)] == line.playout.clear(100.05)[1]
+
+
 def test_figures_at_any_time() -> None:
     line = Line()
     line.push(1000)
@@ -261,6 +389,10 @@ def test_a_sample_counts_once_it_was_heard_whole() -> None:
     line.push(20)
     for at, heard in ((100.0, 0), (100.00006, 0), (100.0000625, 2), (100.01, 320), (100.0199, 636), (100.02, 640), (101.0, 640)):
         assert heard == line.playout.position(at), at
+    wide = Line(MediaFormat(Encoding.PCM_F32LE, 8000))
+    wide.push(20)
+    for at, heard in ((100.0, 0), (100.000124, 0), (100.000125, 4), (100.0101, 320), (100.0199, 636), (100.02, 640)):
+        assert heard == wide.playout.position(at), at
 
 
 def test_the_last_words_are_confirmed_within_a_second_or_taken_as_played() -> None:
@@ -285,10 +417,30 @@ def test_an_end_behind_a_checkpoint_asks_for_no_other() -> None:
     line.pump()
     assert [Checkpoint("a", PLAYED, 100)] == line.playout.confirm("g0.1", 100.1)
     assert not line.playout.awaited
+    several = Line()
+    for name in ("a", "b"):
+        several.push(60)
+        several.playout.checkpoint(name)
+        several.pump()
+    several.playout.end()
+    several.pump()
+    assert ["g0.1", "g0.2"] == [mark.wire for mark in several.playout.awaited]
     empty = Line()
     empty.playout.end()
     empty.pump()
     assert (0, True, None) == (len(empty.playout.awaited), empty.playout.idle(100.0), empty.playout.next_due())
+
+
+def test_a_stream_whose_last_words_are_confirmed_early_ends_when_they_were_due() -> None:
+    line = Line()
+    line.push(100)
+    line.playout.checkpoint("a")
+    line.pump()
+    assert [Checkpoint("a", PLAYED, 100)] == line.playout.confirm("g0.1", 100.06)
+    assert line.playout.next_due() is None
+    line.playout.end()
+    assert 100.1 == pytest.approx(line.playout.next_due())
+    assert (False, True) == (line.playout.idle(100.09), line.playout.idle(100.101))
 
 
 def test_a_residue_that_ends_a_stream_does_not_wait_for_company() -> None:
@@ -317,13 +469,36 @@ def test_what_was_on_its_way_to_the_ear_at_a_hang_up_was_not_heard(late: float, 
     assert line.playout.idle(103.0)
 
 
+@pytest.mark.parametrize(("since", "counted"), [(7, 20), (8, 100)])
+def test_the_promptest_of_the_last_eight_echoes_tells_how_far_the_ear_is(since: int, counted: int) -> None:
+    line = Line()
+    for late in (0.02, *[0.1] * since):
+        line.push(20)
+        line.playout.checkpoint("a")
+        line.pump()
+        (mark,) = line.playout.awaited
+        assert mark.due is not None
+        line.now = mark.due + late
+        line.playout.confirm(mark.wire, line.now)
+    line.push(1000)
+    line.run(line.now + 0.5)
+    line.playout.checkpoint("b")
+    assert [Checkpoint("b", LOST, 500 - counted)] == line.playout.finish(line.now, hung_up=True)
+
+
 def test_a_stream_that_we_end_was_heard_up_to_now() -> None:
     line = Line()
+    line.push(20)
+    line.playout.checkpoint("late")
+    line.pump()
+    line.playout.confirm("g0.1", 100.12)
+    line.playout.clear(100.12)
+    line.now = 100.5
     line.push(1000)
-    line.run(100.5)
+    line.run(101.0)
     for name in ("a", "b"):
         line.playout.checkpoint(name)
-    assert [Checkpoint("a", LOST, 500), Checkpoint("b", LOST, 0)] == line.playout.finish(100.5)
+    assert [Checkpoint("a", LOST, 500), Checkpoint("b", LOST, 0)] == line.playout.finish(101.0)
 
 
 def test_echoes_that_nobody_waits_for_are_counted() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,8 @@ from gateway.ear import Ear
 from gateway.events import Audio, Checkpoint, Clear, Dtmf, Event, Gap, Start, Stop, StopReason
 from gateway.media import MULAW_8K, Encoding, MediaFormat, Track
 from gateway.outbound import LARGEST_SILENCE_MS
+from gateway.playout import Playout
+from gateway.provider import Limits
 from gateway.recording import HOLD_MS, Layout
 from tests.playbook import Stage
 
@@ -188,6 +191,39 @@ def test_the_track_is_as_long_as_the_carrier_says_that_it_is(kind: str) -> None:
     stage.session.tell_heard(stage.now)
     assert (800, 60) == (stage.session.duplicate_bytes, stage.session.gap_ms)
     assert pytest.approx(560 + 90, abs=0.2) == len(heard(stage.events)) / 8
+
+
+def test_a_clock_that_is_put_right_breaks_no_speech_and_puts_what_begins_anew_at_its_time() -> None:
+    playout = Playout(MULAW_8K, Limits(), capacity_ms=1000)
+    now = 0.0
+    playout.follow(now)
+    outbound = playout.outbound
+    assert outbound is not None
+    events: list[Event] = []
+
+    def say(samples: int) -> None:
+        nonlocal now
+        playout.push(LOUD * samples, now)
+        assert Audio(LOUD * samples) == playout.next_frame(now)
+        now += samples / 8000  # where the carrier has nothing to play any more
+
+    playout.push(LOUD, now)
+    playout.checkpoint("a")
+    assert Audio(LOUD) == playout.next_frame(now)
+    assert isinstance(playout.next_frame(now), Checkpoint)
+    now += 1 / 8000
+    say(160)
+    events += outbound.take(1, now - 160 / 8000)
+    say(160)
+    outbound.sync(40, 0.03)  # the caller's timeline is 10 ms ahead of our clock
+    events += outbound.take(playout.position(now), now)
+    playout.clear(now)
+    say(160)
+    outbound.sync(80, 0.05)  # no, 30 ms
+    events += outbound.take(playout.position(now), now)
+    runs = [(byte, len([*run])) for byte, run in groupby(heard(events))]
+    assert [0, 255, 0] == [byte for byte, _ in runs]
+    assert [321, 240, 160] == pytest.approx([length for _, length in runs], abs=2)
 
 
 @settings(max_examples=60, deadline=None)
