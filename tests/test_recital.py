@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.events import After, Checkpoint, Outcome, Say, Stop, StopReason
-from gateway.playout import CONFIRM_SECS
-from gateway.recital import SPEECH_SECS_PER_CHARACTER, Recital
+from gateway.recital import Recital
 from tests.playbook import Phone
 
 PLAYED, CLEARED, LOST = Outcome.PLAYED, Outcome.CLEARED, Outcome.LOST
@@ -71,6 +70,23 @@ def test_digits_that_were_sent_are_told_from_words() -> None:
     assert [] == [*recital._tones]
 
 
+def test_digits_are_known_behind_preempted_words_and_if_they_were_on_their_way_at_a_barge_in() -> None:
+    recital = Recital()
+    recital.say("Please hold the line", 0.0)
+    recital.say("42#1", 0.0, tones=True)
+    assert not recital.is_tones("  ")
+    assert recital.is_tones("42#1")
+    recital.spoken("42#1")
+    recital.say("7890", 0.0, tones=True)
+    assert not recital.is_tones("  ")
+    recital.interrupted()
+    recital.say("Yes?", 0.0)
+    for digit in "7890":
+        assert recital.is_tones(digit)
+        assert [] == recital.spoken(digit)
+    assert not recital.is_tones("Yes?")
+
+
 @pytest.mark.parametrize("greeting", ["Hello, this is Anna.", "Hi", "o", "morning"])
 def test_a_greeting_that_nobody_said_proves_nothing(greeting: str) -> None:
     recital = Recital()
@@ -119,6 +135,61 @@ def test_what_is_played_without_a_report_is_over_once_later_words_are_spoken() -
     assert played("clip", "bye") == recital.spoken("Bye.")
 
 
+def test_words_behind_a_clip_may_leap_over_those_that_were_preempted() -> None:
+    recital = Recital()
+    recital.play(0.0)
+    recital.checkpoint("clip")
+    recital.say("Please hold the line.", 0.0)
+    recital.checkpoint("hold")
+    recital.say("Here I am.", 0.0)
+    recital.checkpoint("here")
+    assert [] == recital.spoken(" "), "nothing was said, and the clip need not be over"
+    assert [*played("clip"), Checkpoint("hold", CLEARED), *played("here")] == recital.spoken("Here I am.")
+
+
+@pytest.mark.parametrize(("piece", "proof"), [("Wel", False), ("Welc", True)])
+def test_four_letters_prove_that_a_message_was_preempted(piece: str, proof: bool) -> None:
+    recital = Recital()
+    recital.say("Please hold the line.", 0.0)
+    recital.checkpoint("hold")
+    recital.say("Welcome to the show.", 0.0)
+    assert ([Checkpoint("hold", CLEARED)] if proof else []) == recital.spoken(piece)
+
+
+@pytest.mark.parametrize(("holes", "known"), [(1, True), (3, True), (4, False)])
+def test_a_piece_leaps_over_three_preempted_messages_at_most(holes: int, known: bool) -> None:
+    recital = Recital()
+    for n in range(holes + 1):
+        recital.say(f"This is part {n}.", 0.0)
+        if n < holes:
+            recital.say("Please hold the line.", 0.0)
+            recital.checkpoint("hold")
+    recital.checkpoint("end")
+    piece = " ".join(f"This is part {n}." for n in range(holes + 1))
+    assert ([Checkpoint("hold", CLEARED)] * holes + played("end") if known else []) == recital.spoken(piece)
+
+
+def test_what_begins_with_words_that_nobody_said_proves_nothing_though_it_ends_with_others() -> None:
+    recital = Recital()
+    for text in ("One.", "Two.", "Three."):
+        recital.say(text, 0.0)
+        recital.checkpoint(text)
+    assert [] == recital.spoken("Hey! Three.")
+    assert played("One.") == recital.spoken("One.")
+
+
+def test_words_told_twice_are_not_those_that_were_said_once() -> None:
+    recital = Recital()
+    recital.say("One moment.", 0.0)
+    recital.spoken("One")
+    recital.say("Two three.", 0.0)
+    recital.interrupted()
+    recital.say("Four five.", 0.0)
+    recital.checkpoint("a")
+    assert [] == recital.spoken("Four five. Four five.")
+    assert played("a") == recital.spoken("Four five.")
+
+
 def test_a_barge_in_clears_what_was_not_spoken() -> None:
     recital = Recital()
     recital.say("One. Two.", 0.0)
@@ -165,15 +236,51 @@ def test_the_end_of_the_stream_loses_what_is_pending() -> None:
 
 def test_ending_waits_for_the_words_but_not_for_ever() -> None:
     recital = Recital()
-    recital.ending = True
     assert recital.idle(0.0)
     recital.say("0123456789", 10.0)
-    due = 10.0 + 10 * SPEECH_SECS_PER_CHARACTER + CONFIRM_SECS
-    assert due == recital.next_due()
-    assert not recital.idle(due - 0.001)
-    assert recital.idle(due)
+    assert recital.next_due() is None
+    recital.end()
+    assert 16.0 == recital.next_due(), "a tenth of a second for each letter, and five for the report"
+    assert not recital.idle(15.999)
+    assert recital.idle(16.0)
     recital.spoken("0123456789")
     assert recital.idle(10.5)
+
+
+def test_ending_waits_ten_seconds_for_a_clip_or_until_nothing_has_sounded_for_one() -> None:
+    recital = Recital()
+    recital.play(100.0)
+    recital.checkpoint("clip")
+    recital.end()
+    assert 115.0 == recital.next_due(), "five for the report that may come"
+    recital.speech(True, 100.5)
+    assert 115.0 == recital.next_due()
+    recital.speech(False, 103.0)
+    assert (104.0, False, True) == (recital.next_due(), recital.idle(103.999), recital.idle(104.0))
+    recital.speech(True, 103.5)
+    assert (115.0, False) == (recital.next_due(), recital.idle(104.0))
+    recital.speech(False, 114.5)
+    assert 115.0 == recital.next_due(), "not longer than for a clip that nobody tells of"
+    assert ("clip",) == recital.pending
+    recital = Recital()
+    recital.play(100.0)
+    recital.play(101.0)
+    recital.say("Bye.", 102.0)
+    recital.end()
+    recital.speech(False, 103.0)
+    assert 125.4 == recital.next_due(), "words are still to come"
+
+
+def test_a_recital_keeps_nothing_of_what_was_spoken() -> None:
+    recital = Recital()
+    recital.say("0", 0.0)
+    for n in range(1000):
+        recital.say(f"Message {n}.", 0.0, tones=n % 2 == 1)
+        recital.checkpoint("a")
+        assert recital.spoken(f"Message {n - 1}." if n else "0") == played(*"a" * (n > 0))
+        kept = {name: len(value) for name, value in vars(recital).items() if hasattr(value, "__len__")}
+        assert max(kept.values()) <= len("Message 999."), kept
+        assert ("a",) == recital.pending
 
 
 def test_stop_after_played_ends_once_the_caller_has_heard_the_last_word() -> None:

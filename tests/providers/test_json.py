@@ -3,9 +3,37 @@
 from __future__ import annotations
 
 import pytest
+from msgspec import Struct
 
 from gateway.errors import MalformedFrame, UnsupportedCommand
+from gateway.events import Unknown
 from providers import _json
+
+
+class Begun(Struct, tag_field="event", tag="begun"):
+    id: _json.Id
+    at: _json.Milliseconds
+
+
+class Over(Struct, tag_field="event", tag="over"):
+    pass
+
+
+reader: _json.Reader[Begun | Over] = _json.Reader(Begun | Over, tag="event")
+
+
+@pytest.mark.parametrize("id", ["x", "x" * 256])
+@pytest.mark.parametrize("at", [0, 2**53])
+def test_ids_and_times_are_taken_up_to_their_bounds(id: str, at: int) -> None:
+    assert Begun(id, at) == reader.read(f'{{"event":"begun","id":"{id}","at":{at}}}')
+    assert Begun(id, at) == reader.read(f'{{"event":"begun","id":"{id}","at":"{at}"}}')
+
+
+@pytest.mark.parametrize(("id", "at"), [("", 0), ("x" * 257, 0), ("x", -1), ("x", 2**53 + 1)])
+def test_ids_and_times_beyond_their_bounds_are_told_from_frames_of_another_kind(id: str, at: int) -> None:
+    with pytest.raises(MalformedFrame):
+        reader.read(f'{{"event":"begun","id":"{id}","at":{at}}}')
+    assert Unknown("ended") == reader.read(f'{{"event":"ended","id":"{id}","at":{at}}}')
 
 
 def test_null_is_empty_and_everything_else_is_written_as_json_does() -> None:
