@@ -169,6 +169,15 @@ def test_a_piece_leaps_over_three_preempted_messages_at_most(holes: int, known: 
     assert ([Checkpoint("hold", CLEARED)] * holes + played("end") if known else []) == recital.spoken(piece)
 
 
+def test_where_the_same_was_said_twice_the_first_counts_as_preempted() -> None:
+    recital = Recital()
+    for n, text in enumerate(("Hello?", "Yes?", "Hello?", "Hello?", "Yes?", "Yes?", "Hello?")):
+        recital.say(text, 0.0)
+        recital.checkpoint(str(n))
+    outcomes = [each.outcome for each in recital.spoken("Hello? Yes? Hello? Yes? Hello?")]
+    assert [PLAYED, PLAYED, CLEARED, PLAYED, CLEARED, PLAYED, PLAYED] == outcomes
+
+
 def test_what_begins_with_words_that_nobody_said_proves_nothing_though_it_ends_with_others() -> None:
     recital = Recital()
     for text in ("One.", "Two.", "Three."):
