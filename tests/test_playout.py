@@ -364,6 +364,27 @@ def test_an_echo_proves_what_was_heard_whatever_the_clock_says() -> None:
     assert [Clear(0, 100)] == line.playout.clear(100.05)[1]
 
 
+def test_a_stream_is_settled_while_nothing_can_become_due() -> None:
+    line = Line()
+    playout = line.playout
+    assert playout.settled
+    playout.push(b"\x55" * 56, line.now)
+    assert not playout.settled
+    line.run(100.02)
+    assert (True, None) == (playout.settled, playout.next_due())
+    playout.checkpoint("a")
+    assert not playout.settled
+    line.pump()
+    assert not playout.settled
+    playout.confirm("g0.1", line.now)
+    assert playout.settled
+    playout.end()
+    assert not playout.settled
+    listened = Line().playout
+    listened.follow(100.0)
+    assert not listened.settled
+
+
 def test_figures_at_any_time() -> None:
     line = Line()
     line.push(1000)
