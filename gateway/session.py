@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import assert_never
 
-from gateway.errors import LocalError, MalformedFrame, UnsupportedCommand
+from gateway.errors import LocalError, MalformedFrame, NotStarted, UnsupportedCommand
 from gateway.events import (
     COMMAND_NAMES,
     Account,
@@ -60,6 +60,7 @@ REMARKED_KINDS = 20
 MOST_FRAMES = 1000
 """Frames that may wait for a carrier that does not read."""
 
+NOT_STARTED = "the stream has not started: nothing can be carried out yet"
 STOPPING = "the stream ends once the queue has played: nothing can be added"
 
 
@@ -79,10 +80,10 @@ class Session:
 
     __slots__ = (
         "_bad_recently", "_bad_since", "_capacity_ms", "_codec", "_disorder", "_drained", "_early", "_emit", "_ending",
-        "_follows", "_frames", "_full", "_last_audio", "_last_number", "_last_other", "_note", "_number", "_paused", "_rate",
-        "_rests", "_sample_bytes", "_timelines", "_told", "_unconfirmed", "bad", "close_code", "duplicate_bytes", "farewell",
-        "faults", "frames_in", "frames_out", "gap_ms", "outcomes", "playout", "received_bytes", "recital", "start", "stop",
-        "unknown",
+        "_frames", "_full", "_last_audio", "_last_dropped", "_last_number", "_last_other", "_note", "_number", "_paused",
+        "_rate", "_rests", "_sample_bytes", "_timelines", "_told", "_unconfirmed", "bad", "close_code", "duplicate_bytes",
+        "farewell", "faults", "frames_in", "frames_out", "gap_ms", "outcomes", "playout", "received_bytes", "recital", "start",
+        "stop", "unknown",
     )  # fmt: skip
 
     def __init__(
@@ -103,6 +104,7 @@ class Session:
         self._number = codec.number if isinstance(codec, Numbered) else None
         self._last_audio: str | bytes = ""  # the last frame with audio that was not late
         self._last_other: str | bytes = ""
+        self._last_dropped: str | bytes = ""  # the last frame with audio that had been there before
         self._last_number = -1  # of the frame that ended the last disorder
         self._disorder: Reorder[Audio | None] | None = None  # None in it: a frame that was no audio
         self._sample_bytes = self._rate = 1
@@ -111,7 +113,6 @@ class Session:
         self._bad_recently = 0
         self._paused = False
         self._full = self._drained = 0  # bytes in the playout queue at which the service is to pause, and to go on
-        self._follows = False
         self._told: set[str] = set()
         self._unconfirmed = False
         self._ending: Stop | None = None
@@ -161,7 +162,7 @@ class Session:
             self._malformed(error, now)
             self._pass(frame)
             return
-        if self._follows:
+        if (playout := self.playout) is not None and playout.outbound is not None:
             self.tell_heard(now)
         for event in events:
             if type(event) is Audio:
@@ -169,9 +170,9 @@ class Session:
             else:
                 self._tell(event, now)
                 self._pass(frame)
-        if self._follows and self.received_bytes and self.playout is not None and self.playout.outbound is not None:
+        if (playout := self.playout) is not None and playout.outbound is not None and self.received_bytes:
             placed = self.received_bytes - self.duplicate_bytes
-            self.playout.outbound.sync(self.playout.media_format.duration_ms(placed) + self.gap_ms, now)
+            playout.outbound.sync(playout.media_format.duration_ms(placed) + self.gap_ms, now)
 
     def end(self, reason: StopReason, now: float) -> None:
         """The stream is over, by whichever side: tell what was lost, then stop. Only the first reason counts."""
@@ -200,7 +201,6 @@ class Session:
         """From now on tell what the caller hears as well: audio of the outbound track, unless the carrier sends that itself."""
         if self.playout is not None and Audio in self._codec.accepts:
             self.playout.follow(now)
-            self._follows = True
 
     def tell_heard(self, now: float) -> None:
         """The outbound track up to now, so that it stands before whatever is told next."""
@@ -226,7 +226,7 @@ class Session:
             if (item := playout.next_frame(now)) is not None:
                 self._frames.extend(self._codec.encode(item))
                 if self._paused:
-                    self._watch_level()
+                    self._watch_level(playout)
         if self._frames:
             self.frames_out += 1
             return self._frames.popleft()
@@ -253,20 +253,19 @@ class Session:
         if self._disorder is not None and frame is not None:
             self._sort(audio, frame)
             return
-        start = self.start
-        if start is None:
+        if self.start is None:
             if len(self._early) < HELD_FRAMES:
                 self._early.append(audio)
             else:
                 self.bad["before_start"] += 1
             return
-        if self._sample_bytes > 1 and (self._rests or len(audio.payload) % self._sample_bytes):
+        if self._rests or len(audio.payload) % self._sample_bytes:
             audio = self._whole(audio)
         size = len(audio.payload)
         if not size:
             return
         self.received_bytes += size
-        if audio.timestamp_ms is not None and start.media_format is not None:
+        if audio.timestamp_ms is not None:
             timeline = self._timelines.get(audio.track)
             if timeline is None:
                 if frame is not None and self._overtook(frame):
@@ -276,6 +275,7 @@ class Session:
             lost = timeline.place(audio.timestamp_ms, audio.payload, size * 1000 / self._rate)
             if lost is None:
                 self.duplicate_bytes += size
+                self._last_dropped = frame or ""
                 return
             if lost:
                 if frame is not None and self._overtook(frame):
@@ -298,7 +298,8 @@ class Session:
         """Whether the frames that are missing before this one may still come: by its number, not if the carrier left time out."""
         if self._number is None or self._rests:
             return False
-        seen = (self._last_number, self._number(self._last_audio), self._number(self._last_other))
+        last = (self._last_audio, self._last_other, self._last_dropped)
+        seen = (self._last_number, *map(self._number, last))
         missing = 1 + max(number for number in seen if number is not None)
         number = self._number(frame)
         if not missing or number is None or not missing < number <= missing + WINDOW:
@@ -392,11 +393,11 @@ class Session:
 
     def _begin(self, start: Start) -> None:
         self.start = start
-        self._sample_bytes = start.media_format.sample_bytes if start.media_format is not None else 1
         if start.media_format is None:
             self.recital = Recital()
         else:
             self.playout = Playout(start.media_format, self._codec.limits, capacity_ms=self._capacity_ms)
+            self._sample_bytes = start.media_format.sample_bytes
             self._rate = start.media_format.bytes_per_second
             self._full = start.media_format.bytes_for(self._capacity_ms // 2)
             self._drained = start.media_format.bytes_for(self._capacity_ms // 4)
@@ -429,11 +430,11 @@ class Session:
 
     def account(self, now: float) -> Account:
         """Where the audio went, in milliseconds. Forwarded and dropped are known only to the service's link."""
-        media_format = self.start.media_format if self.start is not None else None
-        if media_format is None or self.playout is None:
+        if self.playout is None:
             return Account()
-        _, played, cleared, lost = (round(media_format.duration_ms(size)) for size in self.playout.totals(now))
-        received = round(media_format.duration_ms(self.received_bytes))
+        duration_ms = self.playout.media_format.duration_ms
+        _, played, cleared, lost = (round(duration_ms(size)) for size in self.playout.totals(now))
+        received = round(duration_ms(self.received_bytes))
         # Each figure is rounded; the sum is made of what is told, so that it balances.
         return Account(received=received, queued=played + cleared + lost, played=played, cleared=cleared, lost=lost)
 
@@ -468,8 +469,10 @@ class Session:
 
     def _play(self, audio: Audio, now: float) -> None:
         playout = self.playout
-        if playout is None or Audio not in self._codec.accepts:
+        if Audio not in self._codec.accepts:
             self._refuse_audio("unsupported_command", str(self._unsupported(Audio)))
+        elif playout is None:
+            self._refuse_audio(NotStarted.code, NOT_STARTED)
         elif self._ending is not None:
             self._refuse_audio("stopping", STOPPING)
         elif len(audio.payload) % playout.sample_bytes:
@@ -479,7 +482,7 @@ class Session:
                 message = f"the playout queue holds {self._capacity_ms} ms and is full: the newest audio was refused"
                 self._refuse_audio("playout_overflow", message)
             if playout.queued_bytes >= self._full:
-                self._watch_level()
+                self._watch_level(playout)
 
     def _refuse_audio(self, code: str, message: str) -> None:
         """Tell it once, not once a frame; for a full queue, once until it has drained."""
@@ -491,6 +494,8 @@ class Session:
         kind = type(command)
         if kind not in self._codec.accepts and kind is not Stop:
             raise self._unsupported(kind)
+        if self.start is None:
+            raise NotStarted(NOT_STARTED)
         if self._ending is not None and not isinstance(command, (Clear, Stop)):
             self.fault("stopping", STOPPING, _ref(command))
             return
@@ -503,7 +508,8 @@ class Session:
                     for result in self.recital.checkpoint(command.name):
                         self._report(result)
             case Clear():
-                self._clear(command, now)
+                if self.playout is not None:
+                    self._clear(command, self.playout, now)
             case Stop():
                 if command.after is After.PLAYED:
                     self._ending = command
@@ -538,8 +544,7 @@ class Session:
             raise Crowded(f"{MOST_FRAMES} frames wait for the carrier already")
         self._frames.extend(self._codec.encode(command))
 
-    def _clear(self, command: Clear, now: float) -> None:
-        playout = self._require(Clear)
+    def _clear(self, command: Clear, playout: Playout, now: float) -> None:
         frames = list(self._codec.encode(command))
         tell_carrier, results = playout.clear(now)
         if tell_carrier:
@@ -549,7 +554,7 @@ class Session:
                 self._report(result)
             else:
                 self._emit(result)
-        self._watch_level()
+        self._watch_level(playout)
 
     def _stop(self, command: Stop, now: float) -> None:
         frames = list(self._codec.encode(command))
@@ -562,19 +567,11 @@ class Session:
             return self.playout.idle(now)
         return self.recital is None or self.recital.idle(now)
 
-    def _require(self, kind: type[Message]) -> Playout:
-        if self.playout is None or kind not in self._codec.accepts:
-            raise self._unsupported(kind)
-        return self.playout
-
     def _unsupported(self, kind: type[Message]) -> UnsupportedCommand:
         accepted = ", ".join(sorted(COMMAND_NAMES[each] for each in self._codec.accepts)) or "nothing"
         return UnsupportedCommand(f"this stream can't carry out {COMMAND_NAMES[kind]!r}; it accepts: {accepted}")
 
-    def _watch_level(self) -> None:
-        playout = self.playout
-        if playout is None:
-            return
+    def _watch_level(self, playout: Playout) -> None:
         if not self._paused and playout.queued_bytes >= self._full:
             self._paused = True
             self._emit(Flow(FlowState.PAUSE, playout.queued_ms))

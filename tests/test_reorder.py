@@ -253,6 +253,14 @@ def test_f7_a_frame_without_number_and_audio_ends_no_waiting_and_audio_without_n
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_f7_a_copy_that_has_a_number_of_its_own_leaves_no_hole(kind: str) -> None:
+    stage = Stage(kind)
+    stage.receive([stage.frame(0), stage.frame(0), stage.frame(2)])
+    assert [0, -FRAME_MS, 2] == stage.heard
+    assert 160 == stage.session.duplicate_bytes
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_f7_once_all_are_in_order_a_number_left_out_holds_nothing_up(kind: str) -> None:
     """Only together with time that is missing is it a frame of audio, and may come."""
     stage = Stage(kind)

@@ -620,10 +620,11 @@ def test_before_the_start_nothing_but_audio_is_kept(kind: str) -> None:
     assert [] == stage.events
     assert {"before_start": 1, "invalid_json": 1} == stage.session.bad
     assert {"surprise": 1} == stage.session.unknown
-    stage.perform(Checkpoint("a", ref=1))
-    stage.perform(Clear(ref=2))
-    stage.perform(Audio(b"\x55" * 160))
-    faults = [event for event in stage.events if isinstance(event, Fault)]
+    stage.session.follow_playout(stage.now)
+    for command in (Checkpoint("a", ref=1), Clear(ref=2), Stop(ref=3), Stop(after=After.PLAYED, ref=4), *[Audio(b"\x55")] * 2):
+        stage.perform(command)
+    why = "the stream has not started: nothing can be carried out yet"
+    faults = [Fault("not_started", why, ref) for ref in (1, 2, 3, 4, None)]
     assert faults == stage.events
     assert stage.session.next_frame(stage.now) is None
     assert (0, ()) == stage.session.pending(stage.now)
@@ -651,6 +652,31 @@ def test_frames_and_what_is_on_its_way_are_counted(kind: str) -> None:
     stage.tell(_caller(stage, 40))
     assert (begun + 3, 320) == (stage.session.frames_in, stage.session.received_bytes)
     assert (None, None) == (stage.session.next_due(), stage.session.next_frame(stage.now))
+
+
+def test_a_stream_is_settled_while_nothing_is_to_be_sent_now_or_later(kind: str) -> None:
+    stage = Stage(kind)
+    session, now = stage.session, stage.now
+    assert not session.settled, "it has not begun"
+    stage.start()
+    assert (True, None) == (session.settled, session.next_due())
+    session.perform(Audio(b"\x55" * 160), now)
+    assert not session.settled, "audio is queued"
+    stage.pump()
+    assert (True, None) == (session.settled, session.next_due())
+    stage.perform(Checkpoint("a"))
+    assert not session.settled, "an echo may be overdue"
+    stage.tell(stage.commands[-1])  # type: ignore[arg-type]
+    assert (True, None) == (session.settled, session.next_due())
+    session.perform(Clear(), now)
+    assert not session.settled, "a frame waits for the carrier"
+    stage.pump()
+    assert (True, None) == (session.settled, session.next_due())
+    session.perform(Stop(after=After.PLAYED), now)
+    assert not session.settled, "it is to end"
+    stage.pump()
+    assert session.over
+    assert not session.settled
 
 
 def test_faults_are_told_and_counted_until_the_stream_is_over(kind: str) -> None:

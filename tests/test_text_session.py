@@ -13,8 +13,10 @@ from gateway.events import (
     Fault,
     Language,
     Outcome,
+    Party,
     Play,
     Say,
+    Speech,
     Spoken,
     Stop,
     StopReason,
@@ -185,3 +187,16 @@ def test_what_the_carrier_objects_to_is_counted_remarked_and_told_to_who_is_ther
     assert {"carrier_error": 2} == stage.session.faults
     assert ["carrier_fault", "carrier_fault"] == stage.notes
     assert {"code": "carrier_error", "message": "64107: no such voice"} == stage.details[-1]
+
+
+def test_before_the_start_nothing_is_heard_and_nothing_is_done() -> None:
+    stage = Stage(KIND)
+    stage.session.receive('{"type": "info", "name": "agentSpeaking", "value": "off"}', stage.now)
+    for command in (Say("Hello"), Stop(after=After.PLAYED)):
+        stage.perform(command)
+    assert {"before_start": 1} == stage.session.bad
+    assert ["not_started", "not_started"] == [event.code for event in stage.events if isinstance(event, Fault)]
+    assert (None, (0, ())) == (stage.session.next_due(), stage.session.pending(stage.now))
+    stage.start()
+    assert Speech(Party.AGENT, active=False) not in stage.events
+    assert not stage.session.over
