@@ -169,6 +169,18 @@ def test_a_piece_leaps_over_three_preempted_messages_at_most(holes: int, known: 
     assert ([Checkpoint("hold", CLEARED)] * holes + played("end") if known else []) == recital.spoken(piece)
 
 
+def test_after_a_barge_in_a_piece_may_leap_from_a_later_message_over_the_next() -> None:
+    recital = Recital()
+    recital.say("one two", 0.0)
+    recital.say("three", 0.0)
+    recital.spoken("one")
+    recital.interrupted()
+    for name, text in (("a", "four five six"), ("b", "seven eight"), ("c", "nine ten more")):
+        recital.say(text, 1.0)
+        recital.checkpoint(name)
+    assert [*played("a"), Checkpoint("b", CLEARED), *played("c")] == recital.spoken("four five six nine ten more")
+
+
 def test_where_the_same_was_said_twice_the_first_counts_as_preempted() -> None:
     recital = Recital()
     for n, text in enumerate(("Hello?", "Yes?", "Hello?", "Hello?", "Yes?", "Yes?", "Hello?")):
