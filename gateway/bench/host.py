@@ -1,9 +1,32 @@
-"""What the system says of processes: CPU time, memory, children. Linux only."""
+"""Processes: how they are started, and what the system says of them: CPU time, memory, children. Linux only."""
 
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+
+def start(arguments: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    """A process. Who is interrupted while it starts has ended it before KeyboardInterrupt is raised: Popen would forget it."""
+    came: list[int] = []
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    ours = {each: handler for each, handler in handlers.items() if callable(handler)}
+    for each in ours:
+        signal.signal(each, lambda number, _: came.append(number))
+    try:
+        process = subprocess.Popen(arguments, **options)  # noqa: S603 our own programs
+    finally:
+        for each, handler in ours.items():
+            signal.signal(each, handler)
+    if came:
+        process.kill()
+        process.wait()
+        raise KeyboardInterrupt
+    return process
 
 
 def family(pid: int) -> list[int]:

@@ -578,7 +578,10 @@ def spread(waits: list[float]) -> Latency | None:
 
 
 def main() -> None:
-    load = msgspec.json.decode(sys.stdin.buffer.readline(), type=Load)
+    what = sys.stdin.buffer.readline()
+    if not what:
+        sys.exit(1)  # whoever started us is gone
+    load = msgspec.json.decode(what, type=Load)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

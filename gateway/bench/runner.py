@@ -17,6 +17,7 @@ from msgspec import Struct
 
 import gateway
 from gateway.bench import BUSY, FOREIGN, LATE_MS, Load, Measured, Round
+from gateway.bench.host import start
 from gateway.bench.subject import BenchError, Running, Subject
 
 SCRAPE_SECS = 5.0
@@ -78,7 +79,7 @@ def run_round(subject: Subject, calls: int, timing: Timing, tell: Tell) -> Round
 
 def _generate(load: Load, running: Running, tell: Tell) -> Measured:
     arguments = [sys.executable, "-m", "gateway.bench.load"]
-    process = subprocess.Popen(  # noqa: S603 our own module
+    process = start(
         arguments,
         cwd=Path(gateway.__file__).parent.parent,
         stdin=subprocess.PIPE,

@@ -17,7 +17,7 @@ from msgspec import Struct, field
 
 import gateway
 from gateway.bench import TICK_MS
-from gateway.bench.host import family, pss_bytes
+from gateway.bench.host import family, pss_bytes, start
 from gateway.errors import GatewayError
 from gateway.media import MULAW_8K, Encoding, MediaFormat
 
@@ -130,7 +130,7 @@ class Running:
         self.ports = Ports(*free_ports(3))
         self._log = directory / "subject.log"
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(  # noqa: S603 our own subjects
+            self._process = start(
                 subject.arguments(self.ports, calls, directory),
                 cwd=Path(gateway.__file__).parent.parent if isinstance(subject, Gateway) else None,
                 env={**_environment(), **subject.environment},

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -21,7 +22,7 @@ from gateway import cli
 from gateway.bench import Latency, Load, Measured, Round, Sound, runner
 from gateway.bench.command import told
 from gateway.bench.frames import BINARY, TEXT, CarrierFrames, ServiceFrames, message
-from gateway.bench.host import family
+from gateway.bench.host import family, start
 from gateway.bench.load import Track, sound
 from gateway.bench.runner import Timing, run_round, summarize
 from gateway.bench.subject import BenchError, Gateway, Running, Subject
@@ -272,6 +273,28 @@ def test_an_interrupted_bench_leaves_nothing_behind(how: signal.Signals) -> None
     for pid in children:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_interrupted_while_a_process_starts_leaves_none(how: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def interrupted(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(popen(*arguments, **options))
+        signal.raise_signal(how)
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    before = {each: signal.signal(each, signal.default_int_handler) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start([sys.executable, "-c", "import time; time.sleep(60)"])
+        assert signal.default_int_handler is signal.getsignal(how)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert -signal.SIGKILL == started[0].poll()
 
 
 def test_a_load_survives_its_way_to_the_generator() -> None:
