@@ -36,6 +36,8 @@ Handler = Callable[[Any], bool]
 Outlet = Callable[[str | bytes], None]
 """Writes a message, text or bytes. See `outlet`."""
 
+_SENDS = tuple(send for kind in (web.WebSocketResponse, ClientWebSocketResponse) for send in (kind.send_str, kind.send_bytes))
+
 _TEXT, _BINARY = 0x81, 0x82
 """A frame's first byte: the whole message, and its kind."""
 
@@ -154,10 +156,13 @@ def release(socket: web.WebSocketResponse | ClientWebSocketResponse) -> None:
 def outlet(socket: web.WebSocketResponse | ClientWebSocketResponse) -> Outlet:
     """How to write to a socket that is connected: at once, without waiting for its transport to drain.
 
-    What it returns is given a message, text or bytes, and raises ConnectionError once nothing can be written any more.
+    What it returns is given a message, text or bytes, and raises ConnectionError once nothing can be written any more. With a
+    socket that has a `send_str` or `send_bytes` of its own, it goes by these.
     """
     writer: Any = socket._writer
-    if not OUTLETS_WORK or type(writer) is not WebSocketWriter or writer.compress:
+    own = type(socket)
+    inherited = own.send_str in _SENDS and own.send_bytes in _SENDS
+    if not OUTLETS_WORK or not inherited or type(writer) is not WebSocketWriter or writer.compress:
         return partial(_send, socket)
     return _outlet(writer)
 

@@ -276,6 +276,25 @@ async def test_whoever_has_a_receive_of_his_own_sees_everything() -> None:
         assert hand_over(socket, into([])) is (kind is CarrierSocket)
 
 
+@pytest.mark.parametrize("name", ["send_str", "send_bytes"])
+async def test_whoever_has_a_send_of_his_own_is_asked_for_everything(name: str) -> None:
+    sent: list[object] = []
+
+    async def send(socket: CarrierSocket, data: Any, compress: int | None = None) -> None:
+        sent.append(data)
+
+    async def serve(socket: CarrierSocket) -> None:
+        socket.__class__ = type("Watched", (CarrierSocket,), {name: send})
+        put = direct.outlet(socket)
+        put("text")
+        put(b"bytes")
+        await rest(socket)
+
+    async with connected(serve) as socket:
+        assert ("text" if name == "send_bytes" else b"bytes") == (await socket.receive()).data
+    assert ["text" if name == "send_str" else b"bytes"] == sent
+
+
 async def test_an_aiohttp_that_we_do_not_know_is_said_in_the_log(
     launch: Launch, log: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
