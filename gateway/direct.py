@@ -153,6 +153,15 @@ def release(socket: web.WebSocketResponse | ClientWebSocketResponse) -> None:
     untrace(socket.exception())
 
 
+def ended_unwaited(error: object) -> bool:
+    """Whether an error is aiohttp's own at a shutdown: a request ended in the lap in which it was no longer waited for."""
+    trace = error.__traceback__ if isinstance(error, asyncio.InvalidStateError) else None
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    ending = getattr(web.RequestHandler, "_handle_request", None)
+    return trace is not None and ending is not None and trace.tb_frame.f_code is ending.__code__
+
+
 def outlet(socket: web.WebSocketResponse | ClientWebSocketResponse) -> Outlet:
     """How to write to a socket that is connected: at once, without waiting for its transport to drain.
 

@@ -594,7 +594,7 @@ class _HttpLog(logging.Logger):
         now = asyncio.get_running_loop().time()
         if isinstance(exc_info, (HttpProcessingError, aiohttp.ClientPayloadError, ConnectionError)):
             self._remarks.tell("bad_http", now, why=type(exc_info).__name__)
-        else:
+        elif not direct.ended_unwaited(exc_info):
             self._remarks.tell("request_failed", now, log=self._structured.error, exc_info=exc_info)
         if isinstance(exc_info, Exception):
             untrace(exc_info)  # its frames hold the connection

@@ -13,6 +13,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from gateway.server import AFTERMATH_SECS, Server
 from tests.doubles import RecordingService, TwilioMedia
@@ -202,6 +203,27 @@ async def test_o2_an_operators_drain_ends_no_process(tmp_path: Path) -> None:
         assert gateway.process.returncode is None
         gateway.process.send_signal(signal.SIGTERM)
         assert 0 == await gateway.ended(10)
+
+
+@pytest.mark.parametrize("whose", ["aiohttp's", pytest.param("ours", marks=pytest.mark.allow_errors("request_failed"))])
+async def test_a_request_that_ends_as_it_is_no_longer_waited_for_is_no_error(
+    launch: Any, log: list[Any], monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    async def ends(server: Server, request: web.Request) -> web.Response:
+        waiter = asyncio.get_running_loop().create_future()
+        waiter.cancel()
+        if whose == "ours":
+            waiter.set_result(None)
+        request.protocol._handler_waiter = waiter  # what a shutdown leaves there when its time is up
+        return web.Response()
+
+    monkeypatch.setattr(Server, "_status", ends)
+    server = await launch()
+    async with aiohttp.ClientSession() as http:
+        with suppress(aiohttp.ClientError):
+            await http.post(f"http://127.0.0.1:{server.port}/twilio/status", data={"CallSid": sid(1)})
+    await asyncio.sleep(0.05)
+    assert (whose == "ours") is any(entry["event"] == "request_failed" for entry in log)
 
 
 async def test_a_stream_that_nobody_ends_does_not_keep_a_draining_server(launch: Any) -> None:
