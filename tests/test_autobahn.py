@@ -21,7 +21,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from gateway import config
+from gateway import config, direct
 from gateway import server as server_module
 from gateway.cli import make_server
 from gateway.services.dialler import Dialler, Offer, Unreachable
@@ -65,13 +65,15 @@ class Echo:
         finally:
             self.house.door.leave(self.admitted)
 
+    def release(self) -> None:
+        direct.release(self.socket)
+
 
 async def echo(socket: Any) -> None:
+    put = direct.outlet(socket)  # as frames are written
     async for message in socket:
-        if message.type is aiohttp.WSMsgType.TEXT:
-            await socket.send_str(message.data)
-        elif message.type is aiohttp.WSMsgType.BINARY:
-            await socket.send_bytes(message.data)
+        if message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
+            put(message.data)
 
 
 async def wstest(mode: str, spec: dict[str, Any], directory: Path) -> asyncio.subprocess.Process:
